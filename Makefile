@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Each thing one does with this repository is one command here; `make help` lists them.
+# PYTHON selects the interpreter (3.9 to 3.13); .venv always belongs to the one that was named last.
+
+PYTHON ?= python3
+FUZZTIME ?= 30s
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+# A hung Go test ends with the stacks of all goroutines, well before CI gives up.
+GO_TEST_TIMEOUT ?= 300s
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+LINTERS := build/tools
+
+# The stamp carries interpreter and version in its name, so another PYTHON finds no stamp and makes a new .venv.
+PYTHON_ID := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d.%d-%08x" % (*sys.version_info[:3], zlib.crc32(sys.base_prefix.encode())))' 2>/dev/null)
+VENV_STAMP := $(VENV)/.made-with-$(or $(PYTHON_ID),none)
+INSTALLED := $(VENV)/.installed
+
+# What the wheel is made from. The folders are there for their times: a file that was removed changes them.
+GO_FOLDERS := $(wildcard core capi pyext)
+BUILD_SOURCES := setup.py pyproject.toml MANIFEST.in LICENSE go.mod go.sum \
+	$(shell find $(GO_FOLDERS) -type d -o -type f ! -name '*_test.go' ! -path '*/testdata/*') \
+	$(shell find python -name '__pycache__' -prune -o -name '*.egg-info' -prune -o -type f -print -o -mindepth 1 -type d -print)
+
+.PHONY: help system venv build test lint gotest gotest-pure pytest surface demo bench fuzz sdist sdist-test clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+system: # what the machine itself must have
+	@PYTHON='$(PYTHON)' sh tools/system.sh
+
+$(VENV_STAMP): requirements-dev.txt | system
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+venv: $(VENV_STAMP) ## .venv with the development tools
+
+# setuptools copies into build/ without taking away what is gone from the sources, so it starts from nothing.
+$(INSTALLED): $(VENV_STAMP) $(BUILD_SOURCES)
+	rm -rf build/lib* build/bdist* build/temp* build/wheel
+	mkdir -p build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	cp build/wheel/*.whl dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps build/wheel/*.whl
+	touch $@
+
+build: $(INSTALLED) ## a wheel in dist/, installed into .venv
+
+test: ## lint, Go tests with and without cgo, Python tests, surface, sdist
+	@if $(MAKE) --no-print-directory lint gotest gotest-pure pytest sdist-test; \
+	then echo 'make test: all passed'; else echo 'make test: FAILED, see above'; exit 1; fi
+
+$(LINTERS)/borders: $(wildcard tools/lint/borders/*.go) tools/lint/go.mod tools/lint/go.sum | system
+	@mkdir -p $(LINTERS)
+	go -C tools/lint build -o ../../$(LINTERS)/ honnef.co/go/tools/cmd/staticcheck ./borders
+
+lint: $(LINTERS)/borders $(VENV_STAMP) ## formatting, vet, staticcheck, borders, ruff, mypy
+	@bad=$$(gofmt -l $(GO_FOLDERS) tools); if [ -n "$$bad" ]; then echo "not formatted with gofmt:"; echo "$$bad"; exit 1; fi
+	go vet ./...
+	$(LINTERS)/staticcheck ./...
+	$(LINTERS)/borders .
+	$(BIN)/ruff check --quiet python tests setup.py
+	$(BIN)/mypy
+
+gotest: | system ## Go tests with the race detector
+	go test -race -timeout $(GO_TEST_TIMEOUT) ./core/... ./pyext/...
+	go -C tools/lint test ./...
+
+gotest-pure: | system ## Go tests without cgo, the short ones
+	CGO_ENABLED=0 go test -short -timeout $(GO_TEST_TIMEOUT) ./core/...
+
+# From inside tests/, so that nothing is imported from the source tree.
+pytest: $(INSTALLED) ## Python tests against the installed wheel (PYTEST_ARGS)
+	cd tests && ../$(BIN)/pytest -c ../pyproject.toml --rootdir .. $(or $(PYTEST_ARGS),.)
+
+surface: $(INSTALLED) ## the rows of the documented surface that do not hold, in the form of tests/surface_pending.txt
+	@cd tests && ../$(BIN)/python test_surface.py
+
+demo: $(INSTALLED) ## two processes, one transfer (DEMO_ARGS)
+	@$(BIN)/python -m llm_datadist demo $(DEMO_ARGS)
+
+bench: $(INSTALLED) ## benchmarks (BENCH_ARGS)
+	go test -run '^$$' -bench . ./core/...
+	if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py $(BENCH_ARGS); fi
+
+fuzz: | system ## each Go fuzz target for FUZZTIME
+	@for package in $$(go list ./core/... ./pyext/...); do \
+		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz' || true); do \
+			echo "$$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+sdist: $(VENV_STAMP) ## a source distribution in dist/, with the Go modules in it
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+
+sdist-test: $(INSTALLED) ## the source distribution builds without a network
+	cd tests && ../$(BIN)/pytest -c ../pyproject.toml --rootdir .. -m slow test_packaging.py
+
+clean: ## everything that was built
+	rm -rf $(VENV) build dist vendor python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis
+	find core python pyext tests -name __pycache__ -prune -exec rm -rf {} +
