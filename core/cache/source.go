@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cache
+
+import (
+	"sync/atomic"
+
+	"github.com/llm-datadist-open/llm-datadist/core/mem"
+	"github.com/llm-datadist-open/llm-datadist/core/plan"
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+)
+
+// Lookup is how a peer names what it wants to pull.
+type Lookup struct {
+	Key     Key
+	ByID    bool  // by CacheID and Batch, where the mode allows that; see Open for ids that are none
+	CacheID int64 // with ByID
+	Batch   uint64
+	// OneSided is the mode of the link: nothing is consumed, and the cache has to be accessible.
+	OneSided bool
+	// BlocksToBlocks pulls never consume a key.
+	BlocksToBlocks bool
+}
+
+// Source is a peer's pull, resolved. It ends with Done or Drop, whichever comes first. A source that consumes a key is a lease: the
+// memory stays until it ends.
+type Source struct {
+	table    *Table
+	entry    *Entry
+	batch    uint64
+	binding  *binding // the key that a success releases; nil: none
+	key      Key
+	consumes bool
+	ended    atomic.Bool
+}
+
+// Open resolves a peer's pull (spec §8.5.3, §8.6, §14).
+//
+// In two-sided mode an id below 0 stands for the blocks cache of model 0; in one-sided mode an id of 0 or less falls back to Key, and
+// prefix keys are looked up as the blocks cache of their model. What is not there, a batch row too, is status.CacheNotExist; a cache
+// that one-sided mode may not touch is status.ParamInvalid.
+func (t *Table) Open(l Lookup) (*Source, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, tableClosed()
+	}
+	s := &Source{table: t}
+	if err := t.resolve(l, s); err != nil {
+		return nil, err
+	}
+	e := s.entry
+	if s.batch >= e.batches() {
+		return nil, missing("cache %d has %d batch rows, not one at index %d", e.ID, e.batches(), s.batch)
+	}
+	if l.OneSided && !e.Accessible {
+		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "cache %d is not accessible to peers", e.ID).
+			Hinting("register it with remote_accessible=True")
+	}
+	if e.wraps {
+		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "a tensor of cache %d runs beyond the address space", e.ID)
+	}
+	if s.binding != nil && s.consumable(l) {
+		s.consumes = true
+		e.holds.add(oneLease)
+		t.leases.Add(1)
+	}
+	return s, nil
+}
+
+// resolve finds entry, batch and key. Called with mu held.
+func (t *Table) resolve(l Lookup, s *Source) error {
+	byID := l.ByID && (l.CacheID > 0 || l.CacheID == 0 && !l.OneSided)
+	if byID {
+		if s.entry = t.live[l.CacheID]; s.entry == nil {
+			return missing("no cache has the id %d", l.CacheID)
+		}
+		s.batch = l.Batch
+		if key, bound := s.entry.normalAt[l.Batch]; bound {
+			s.key, s.binding = key, t.keys[key]
+		}
+		return nil
+	}
+	s.key = l.Key
+	switch {
+	case l.ByID && !l.OneSided:
+		s.key = Key{ID: NoID}
+	case l.OneSided && l.Key.Prefix:
+		s.key = Key{ID: NoID, Model: l.Key.Model}
+	}
+	s.binding = t.keys[s.key]
+	if s.binding == nil {
+		return missing("no cache has the key of %s", s.key)
+	}
+	s.entry, s.batch = s.binding.entry, s.binding.batch
+	if l.ByID && l.OneSided {
+		s.batch = l.Batch // the caller named a row, and this mode honours it
+	}
+	return nil
+}
+
+// consumable says whether a success releases the key (spec §8.5.5).
+func (s *Source) consumable(l Lookup) bool {
+	return !l.OneSided && !l.BlocksToBlocks && s.entry.Owned && s.entry.Shape.Kind == plan.Contiguous && !s.key.Prefix
+}
+
+// Entry returns what was found. It may be withdrawn at any time.
+func (s *Source) Entry() *Entry { return s.entry }
+
+// Batch returns the batch row that the pull reads.
+func (s *Source) Batch() uint64 { return s.batch }
+
+// Consumes says whether the source is a lease, whose success releases a key.
+func (s *Source) Consumes() bool { return s.consumes }
+
+// Acquire comes before every system call that reads the memory. False: the cache has been withdrawn, and nothing may be read. The memory
+// stays until Release.
+func (s *Source) Acquire() bool {
+	return !s.ended.Load() && s.entry.holds.enter(s.consumes)
+}
+
+// Release ends one Acquire that said true.
+func (s *Source) Release() { s.table.left(s.entry, oneBusy) }
+
+// Done ends the source after the initiator has confirmed that it has the given tensors: the key is released when that was the last of
+// them, if it still leads to this entry.
+func (s *Source) Done(tensors plan.Range) {
+	if !s.ended.CompareAndSwap(false, true) || !s.consumes {
+		return
+	}
+	t := s.table
+	t.mu.Lock()
+	var freed []*Entry
+	// A binding is made for one entry and one key, and never comes back: being in the index it is the one that was opened.
+	if t.keys[s.key] == s.binding && s.binding.pulled(tensors) {
+		freed = t.unbind(s.key, s.binding)
+	}
+	t.mu.Unlock()
+	t.finish(freed) // none while this lease lives
+	t.endLease(s.entry)
+}
+
+// Drop ends the source without success: nothing is released.
+func (s *Source) Drop() {
+	if s.ended.CompareAndSwap(false, true) && s.consumes {
+		s.table.endLease(s.entry)
+	}
+}
+
+func (t *Table) endLease(e *Entry) {
+	t.leases.Add(-1)
+	t.left(e, oneLease)
+}
+
+// Use is a local operation's hold on a cache: the destination of a pull, or an end of a copy.
+type Use struct {
+	table *Table
+	entry *Entry
+	ended atomic.Bool
+}
+
+// Use holds a cache's memory until Release. An unknown id is status.CacheNotExist.
+func (t *Table) Use(id int64) (*Use, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, tableClosed()
+	}
+	e := t.live[id]
+	if e == nil {
+		return nil, status.Newf(status.CacheNotExist, status.StageCheck, "no cache has the id %d", id)
+	}
+	e.holds.add(oneBusy)
+	t.uses.Add(1)
+	return &Use{table: t, entry: e}, nil
+}
+
+// Entry returns the cache, which stays usable until Release.
+func (u *Use) Entry() *Entry { return u.entry }
+
+// Backing says how the cache's memory may be written. Registered memory is looked up, once: status.ParamInvalid where it can't be
+// written, which is asked anew the next time. A pool is our own, sealed, and can't vanish.
+func (u *Use) Backing() (mem.Backing, error) {
+	e := u.entry
+	if e.Owned {
+		return mem.BackingAnonymous, nil
+	}
+	e.probe.Lock()
+	defer e.probe.Unlock()
+	if e.backing != mem.BackingNone {
+		return e.backing, nil
+	}
+	spans := make([]mem.Span, 0, len(e.Addrs))
+	for _, addr := range e.Addrs {
+		spans = append(spans, mem.Span{Addr: addr, Bytes: e.Shape.TensorBytes})
+	}
+	backing, err := mem.ProbeWritable(spans)
+	if err != nil {
+		return mem.BackingNone, err
+	}
+	e.backing = backing
+	return backing, nil
+}
+
+// Release ends the hold. Releasing twice is fine.
+func (u *Use) Release() {
+	if u.ended.CompareAndSwap(false, true) {
+		u.table.uses.Add(-1)
+		u.table.left(u.entry, oneBusy)
+	}
+}
+
+func missing(format string, args ...any) error {
+	return status.Newf(status.CacheNotExist, status.StageLookup, format, args...).
+		Hinting("it was never bound, or released, removed or deallocated on the owner; ask its prefill for a new one")
+}

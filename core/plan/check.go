@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan
+
+import "github.com/llm-datadist-open/llm-datadist/core/status"
+
+// CheckLocal says whether the request can be served into a cache of shape dst, as far as its own side can know: batch row, kind,
+// size, block lists and tensor ranges (spec §8.5.2, rows 3 to 6 and 9 to 11). That tensors divide into layers is the caller's to
+// check. The errors are PARAM_INVALID at stage check.
+func CheckLocal(req *Request, dst Shape) error {
+	if err := checkShape(dst, status.StageCheck, "local"); err != nil {
+		return err
+	}
+	if rows := dst.rows(); req.DstBatch >= rows {
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"destination batch %d is outside the local cache of %d batches", req.DstBatch, rows)
+	}
+	var err error
+	if len(req.DstBlocks) == 0 {
+		err = checkLocalRow(req, dst)
+	} else {
+		err = checkLocalBlocks(req, dst)
+	}
+	if err != nil {
+		return err
+	}
+	return checkLocalTensors(req, dst)
+}
+
+func checkLocalRow(req *Request, dst Shape) error {
+	switch {
+	case len(req.SrcBlocks) > 0:
+		return status.Newf(status.ParamInvalid, status.StageCheck, "%d source blocks but no destination blocks", len(req.SrcBlocks))
+	case dst.Kind != Contiguous:
+		return status.New(status.ParamInvalid, status.StageCheck, "a pull without destination blocks into a local cache of blocks")
+	case req.Size != -1 && req.Size <= 0:
+		return status.Newf(status.ParamInvalid, status.StageCheck, "size %d is neither -1 nor positive", req.Size)
+	case req.bytes(dst) > dst.Stride:
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"size %d is larger than the local row of %d bytes", req.Size, dst.Stride)
+	}
+	return nil
+}
+
+func checkLocalBlocks(req *Request, dst Shape) error {
+	if dst.Kind != Blocks {
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"%d destination blocks, but the local cache is not one of blocks", len(req.DstBlocks))
+	}
+	if n := len(req.SrcBlocks); n != 0 && n != len(req.DstBlocks) {
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"%d source blocks for %d destination blocks", n, len(req.DstBlocks))
+	}
+	if id, ok := outside(req.DstBlocks, dst.Count); ok {
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"destination block %d is outside the local cache of %d blocks", id, dst.Count)
+	}
+	return nil
+}
+
+func checkLocalTensors(req *Request, dst Shape) error {
+	if err := req.DstTensors.inside(dst, status.StageCheck, "destination", "local"); err != nil {
+		return err
+	}
+	if want := req.DstTensors.count(dst); !req.SrcTensors.All && uint64(req.SrcTensors.Count) != want {
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"%d source tensors for %d destination tensors", req.SrcTensors.Count, want)
+	}
+	return nil
+}
+
+// CheckRemote says whether a request that passed [CheckLocal] with dst can be served from the owner's cache, of shape src (api.md
+// §8.5.3; §8.6 for a one-sided request). Both shapes may be a peer's word. The errors are of stage lookup: CACHE_NOT_EXIST where
+// the owner has no such batch row, PARAM_INVALID for everything else.
+//
+// A one-sided request need not fit the owner's kind: without source blocks a cache of blocks is one batch row of one block, at its
+// base; with source blocks any tensor is an array of blocks of the local size, and only its bytes bound them.
+func CheckRemote(req *Request, src, dst Shape) error {
+	if err := checkShape(dst, status.StageLookup, "local"); err != nil {
+		return err
+	}
+	if err := checkShape(src, status.StageLookup, "remote"); err != nil {
+		return err
+	}
+	rows := src.rows()
+	if len(req.SrcBlocks) > 0 {
+		rows = 1
+	}
+	if req.SrcBatch >= rows {
+		return status.Newf(status.CacheNotExist, status.StageLookup,
+			"source batch %d is outside the remote cache of %d batches", req.SrcBatch, rows)
+	}
+	if err := checkRemoteTensors(req, src, dst); err != nil {
+		return err
+	}
+	if len(req.SrcBlocks) > 0 {
+		return checkRemoteBlocks(req, src, dst)
+	}
+	return checkRemoteRow(req, src, dst)
+}
+
+func checkRemoteTensors(req *Request, src, dst Shape) error {
+	if have, want := req.SrcTensors.count(src), req.DstTensors.count(dst); have != want {
+		return status.Newf(status.ParamInvalid, status.StageLookup,
+			"%d tensors of the remote cache for %d of the local cache", have, want)
+	}
+	return req.SrcTensors.inside(src, status.StageLookup, "source", "remote")
+}
+
+func checkRemoteBlocks(req *Request, src, dst Shape) error {
+	if !req.OneSided {
+		if src.Kind != Blocks {
+			return status.Newf(status.ParamInvalid, status.StageLookup,
+				"%d source blocks, but the remote cache is not one of blocks", len(req.SrcBlocks))
+		}
+		if id, ok := outside(req.SrcBlocks, src.Count); ok {
+			return status.Newf(status.ParamInvalid, status.StageLookup,
+				"source block %d is outside the remote cache of %d blocks", id, src.Count)
+		}
+	}
+	// Where the two block sizes differ this is the check that counts; where they are equal it says the same as the one above.
+	if id, ok := outside(req.SrcBlocks, src.TensorBytes/dst.Stride); ok {
+		return status.Newf(status.ParamInvalid, status.StageLookup,
+			"source block %d is outside the remote tensor of %d bytes, in local blocks of %d bytes", id, src.TensorBytes, dst.Stride)
+	}
+	return nil
+}
+
+// checkRemoteRow bounds what is read from one batch row. In a pull into blocks every piece must begin inside the row; the last one
+// may end with it (a row shorter than one block is such a piece).
+func checkRemoteRow(req *Request, src, dst Shape) error {
+	if src.Kind != Contiguous && !req.OneSided {
+		return status.New(status.ParamInvalid, status.StageLookup, "a pull without source blocks from a remote cache of blocks")
+	}
+	if len(req.DstBlocks) == 0 {
+		if n := req.bytes(dst); n > src.Stride {
+			return status.Newf(status.ParamInvalid, status.StageLookup,
+				"size %d is larger than the remote row of %d bytes", n, src.Stride)
+		}
+		return nil
+	}
+	if n := uint64(len(req.DstBlocks)); n-1 > (src.Stride-1)/dst.Stride {
+		return status.Newf(status.ParamInvalid, status.StageLookup,
+			"%d destination blocks of %d bytes are more than the remote row of %d bytes fills", n, dst.Stride, src.Stride)
+	}
+	return nil
+}
+
+// checkShape refuses a description that no cache can have, so that all later arithmetic stays inside [0, TensorBytes].
+func checkShape(s Shape, stage status.Stage, side string) error {
+	if s.Kind != Contiguous && s.Kind != Blocks {
+		return status.Newf(status.ParamInvalid, stage, "the %s cache is of unknown kind %d", side, s.Kind)
+	}
+	if s.Tensors == 0 || s.Count == 0 || s.Stride == 0 || s.TensorBytes/s.Count != s.Stride {
+		return status.Newf(status.ParamInvalid, stage, "the %s cache cannot be: %d tensors of %d bytes, %d times %d bytes each",
+			side, s.Tensors, s.TensorBytes, s.Count, s.Stride)
+	}
+	return nil
+}
+
+// inside says whether the range names tensors that a cache of this shape has.
+func (r Range) inside(of Shape, stage status.Stage, end, side string) error {
+	if r.All {
+		return nil
+	}
+	if r.Count == 0 {
+		return status.Newf(status.ParamInvalid, stage, "a range of no %s tensors, from %d", end, r.First)
+	}
+	if last := uint64(r.First) + uint64(r.Count) - 1; last >= uint64(of.Tensors) {
+		return status.Newf(status.ParamInvalid, stage, "%s tensor %d is outside the %s cache of %d tensors", end, last, side, of.Tensors)
+	}
+	return nil
+}
+
+// rows of a tensor that a batch index can name (spec §8.1: a cache of blocks has one).
+func (s Shape) rows() uint64 {
+	if s.Kind == Blocks {
+		return 1
+	}
+	return s.Count
+}
+
+// outside finds the first id that is not below limit.
+func outside(ids []uint64, limit uint64) (uint64, bool) {
+	for _, id := range ids {
+		if id >= limit {
+			return id, true
+		}
+	}
+	return 0, false
+}
