@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package link
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+)
+
+// strangers are the accepted connections that are not part of a link. Guarded by Manager.mu.
+type strangers struct {
+	silent list.List // of *conn: those that have not said hello, oldest first
+	total  int
+	// Strangers can make us log as often as they like: each kind of line comes once in a while.
+	turnedAway, otherVersions, refusing quiet
+}
+
+// quiet is when a kind of line was logged last, and how many were not logged since. Guarded by Manager.mu.
+type quiet struct {
+	logged     time.Time
+	unreported int
+}
+
+// otherVersion is the failure to meet an engine that speaks another major version.
+type otherVersion struct{ error }
+
+// accept lets connections in until the listener is stopped.
+func (m *Manager) accept(l *listening) {
+	defer m.tasks.Done()
+	defer close(l.done)
+	for {
+		raw, err := l.Accept()
+		select {
+		case <-l.stopped:
+			if err == nil {
+				_ = raw.Close()
+			}
+			return
+		default:
+		}
+		if err != nil {
+			m.quietly(&m.strangers.refusing, "can not accept a connection", err)
+			pause(m.ctx, acceptPause)
+			continue
+		}
+		m.admit(m.fds.own(raw))
+	}
+}
+
+// admit gives c a goroutine and a place among the strangers. When that is full the oldest one has to go: whoever speaks the protocol
+// says hello at once.
+func (m *Manager) admit(c *conn) {
+	m.mu.Lock()
+	if m.closed || m.strangers.total >= maxHandshakes {
+		m.mu.Unlock()
+		_ = c.Close()
+		return
+	}
+	var evicted *conn
+	if m.strangers.silent.Len() >= maxStrangers {
+		evicted = m.strangers.silent.Remove(m.strangers.silent.Front()).(*conn)
+	}
+	place := m.strangers.silent.PushBack(c)
+	m.strangers.total++
+	m.tasks.Add(1)
+	m.mu.Unlock()
+	if evicted != nil {
+		_ = evicted.Close()
+	}
+	go m.serve(c, place)
+}
+
+// serve finds out what c wants and does it. It owns c.
+func (m *Manager) serve(c *conn, place *list.Element) {
+	defer m.tasks.Done()
+	defer func() {
+		m.mu.Lock()
+		m.strangers.total--
+		m.mu.Unlock()
+	}()
+	pre, h, err := m.meet(c)
+	m.mu.Lock()
+	m.strangers.silent.Remove(place) // does nothing where it was evicted
+	m.mu.Unlock()
+	if err != nil {
+		if m.ctx.Err() == nil {
+			m.turnedAway(c, err)
+		}
+		_ = c.Close()
+		return
+	}
+	switch pre.intent {
+	case intentControl:
+		m.acceptControl(c, h)
+	case intentData:
+		m.acceptData(c, h)
+	case intentUnlink:
+		m.acceptUnlink(c, h)
+	}
+}
+
+// meet reads the preamble and the hello of a connection, and refuses what it can't understand.
+func (m *Manager) meet(c *conn) (preamble, hello, error) {
+	var pre preamble
+	var h hello
+	err := m.within(c, helloTimeout, func() (err error) {
+		if pre, err = readPreamble(c); err != nil {
+			return err
+		}
+		if pre.major != major {
+			err = fmt.Errorf("peer speaks version %d.%d of the protocol, this engine %d.%d", pre.major, pre.minor, major, minor)
+			_ = c.refuse(refusalOf(status.LinkFailed, "%v", err))
+			return &otherVersion{err}
+		}
+		switch pre.intent {
+		case intentControl, intentData, intentUnlink:
+		default:
+			return fmt.Errorf("unknown intent %d", pre.intent)
+		}
+		h, err = readHello(c, pre.intent)
+		return err
+	})
+	return pre, h, err
+}
+
+// within runs f, in which reads and writes on c fail when d is over or the manager is closed.
+func (m *Manager) within(c *conn, d time.Duration, f func() error) error {
+	ctx, cancel := context.WithTimeout(m.ctx, d)
+	defer cancel()
+	unbind := c.bind(ctx)
+	err := f()
+	if !unbind() && err == nil {
+		err = ctx.Err()
+	}
+	_ = c.SetDeadline(time.Time{})
+	return err
+}
+
+// refuse answers a preamble with a refusal, so that it arrives.
+func (c *conn) refuse(no refusal) error {
+	_, err := c.Write(appendBlock(ourPreamble(intentRefuse).append(nil), no))
+	if err == nil {
+		c.drain()
+	}
+	return err
+}
+
+// turnedAway logs that c was closed because of err.
+func (m *Manager) turnedAway(c *conn, err error) {
+	q := &m.strangers.turnedAway
+	if other := new(otherVersion); errors.As(err, &other) {
+		q = &m.strangers.otherVersions
+	}
+	m.quietly(q, fmt.Sprintf("closed a connection from %s", c.RemoteAddr()), err)
+}
+
+// quietly logs a line unless one of its kind was logged a moment ago.
+func (m *Manager) quietly(q *quiet, text string, cause error) {
+	m.mu.Lock()
+	now := time.Now()
+	if !q.logged.IsZero() && now.Sub(q.logged) < strangerQuiet {
+		q.unreported++
+		m.mu.Unlock()
+		return
+	}
+	if q.unreported > 0 {
+		text = fmt.Sprintf("%s (%d more like it since the last line)", text, q.unreported)
+	}
+	q.logged, q.unreported = now, 0
+	m.mu.Unlock()
+	m.event(Warning, text, cause)
+}
+
+// pending is a handshake that waits for its data connections. Guarded by Manager.mu.
+type pending struct {
+	peer     Incarnation
+	conns    []*conn // by index; nil: not there yet
+	missing  int
+	complete chan struct{} // closed when missing becomes 0
+}
+
+// expect lets n data connections of peer in that show nonce, until unexpect. It returns nil where the nonce is in use.
+func (m *Manager) expect(nonce Nonce, peer Incarnation, n uint32) *pending {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.pending[nonce] != nil {
+		return nil
+	}
+	p := &pending{peer: peer, conns: make([]*conn, n), missing: int(n), complete: make(chan struct{})}
+	if n == 0 {
+		close(p.complete)
+	}
+	m.pending[nonce] = p
+	return p
+}
+
+// unexpect closes what nobody took.
+func (m *Manager) unexpect(nonce Nonce) {
+	for _, c := range m.takePending(nonce) {
+		if c != nil {
+			_ = c.Close()
+		}
+	}
+}
+
+// takePending ends the waiting and returns the connections that came.
+func (m *Manager) takePending(nonce Nonce) []*conn {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.pending[nonce]
+	delete(m.pending, nonce)
+	if p == nil {
+		return nil
+	}
+	return p.conns
+}
+
+// acceptData hands c to the handshake that it belongs to.
+func (m *Manager) acceptData(c *conn, h hello) {
+	err := m.within(c, helloTimeout, func() error {
+		if !m.deliver(h, nil) {
+			_ = c.refuse(refusalOf(status.LinkFailed, "data connection of no link that is being made here"))
+			return errors.New("data connection of no link")
+		}
+		_, err := c.Write(ourPreamble(intentData).append(nil))
+		return err
+	})
+	if err != nil || !m.deliver(h, c) {
+		_ = c.Close()
+	}
+}
+
+// deliver puts c in its place; with c == nil it only says whether there is one.
+func (m *Manager) deliver(h hello, c *conn) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.pending[Nonce(h.Nonce)]
+	if p == nil || p.peer != Incarnation(h.Incarnation) || int(h.Index) >= len(p.conns) || p.conns[h.Index] != nil {
+		return false
+	}
+	if c == nil {
+		return true
+	}
+	p.conns[h.Index] = c
+	if p.missing--; p.missing == 0 {
+		close(p.complete)
+	}
+	return true
+}

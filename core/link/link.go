@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package link owns the control plane between engines: listen, dial, handshake, liveness, unlink, close.
+//
+// The nouns are few. A [Manager] belongs to one engine and holds its links. A [Link] joins two incarnations of engines and owns a
+// control connection, the proof that both share a host (where there is one) and the [transport.Session] that moves the bytes. A
+// [Network] is where connections come from: [TCP] in production, core/transport/fabric in tests. A [Prover] shows what "same host"
+// means; names and addresses never do.
+//
+// It promises that two engines that dial each other at once get exactly one link, that a link which is retired has ended its
+// operations before its successor serves, that no lock is held while a peer is waited for, and that whatever a stranger sends costs
+// a bounded amount of memory and time. It never looks at a byte of a cache, and it never decides that a peer on the same host is
+// dead because it is slow.
+package link
+
+import (
+	"context"
+	"net"
+	"time"
+
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
+)
+
+// Network is where connections come from.
+type Network interface {
+	// Listen binds address; port 0 stands for any free one.
+	Listen(address string) (net.Listener, error)
+	// Dial connects to address, from the local ip source unless that is "". It has no deadline but that of ctx.
+	Dial(ctx context.Context, source, address string) (net.Conn, error)
+	// Data takes a connection over, behind its handshake, as a data connection; always, also where it returns an error.
+	Data(c net.Conn) (transport.Conn, error)
+	// Prover returns the proof of a shared host, or nil where there is none.
+	Prover() Prover
+}
+
+// Token names the place where a Prover answers: 16 random bytes that only travel inside a handshake.
+type Token [16]byte
+
+// Nonce names one connection: 16 random bytes, drawn by the end that dials. It becomes the link's name for its data connections and
+// for the proof of a shared host.
+type Nonce [16]byte
+
+// Incarnation names one life of an engine: 16 random bytes, drawn by NewManager.
+type Incarnation = [16]byte
+
+// Descriptors is told of every descriptor that a Prover opens and closes, for fork safety. Its functions may be nil.
+type Descriptors struct {
+	Track, Untrack func(fd int)
+}
+
+// Prover shows that two engines share a host (design: "Same host"), never by comparing names or addresses. The end that dialed a link
+// reaches for the token in the hello of the other end; the other end learns of it by the nonce of the connection.
+type Prover interface {
+	// Open starts answering for token, until the door is closed.
+	Open(token Token, fds Descriptors) (Door, error)
+	// Reach shows nonce at the door of token and returns the witness of the engine behind it. It fails when there is no such door on
+	// this host, when the door does not expect nonce, or when whoever is behind it is not trusted. It ends when ctx ends.
+	Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors) (Witness, error)
+}
+
+// Door answers those who reach for its token.
+type Door interface {
+	// Expect lets in one engine that shows nonce. The function that it returns ends that and returns the witness of the engine that
+	// came, or an error that says why there is none; it is called exactly once. When Reach has returned a witness, it has one too.
+	Expect(nonce Nonce) (claim func() (Witness, error))
+	// Close stops answering and waits for every goroutine of the door; witnesses that were claimed live on.
+	Close() error
+}
+
+// Witness watches over the peer of a link on the same host.
+type Witness interface {
+	// Dead is closed when the peer's process is gone, or has let go of its end.
+	Dead() <-chan struct{}
+	// Close lets go; Dead is not closed by it, or may be: nobody looks any more.
+	Close()
+}
+
+// Level says how loud an event is.
+type Level uint8
+
+// The levels of events.
+const (
+	Info Level = iota + 1
+	Warning
+	Error
+)
+
+// Event is a line for the log.
+type Event struct {
+	Level        Level
+	ClusterID    uint64 // of the peer; meaningful where HasClusterID
+	HasClusterID bool
+	Text         string
+	Cause        error // or nil
+}
+
+// Config is what a Manager needs. Network and Attach are required.
+type Config struct {
+	Network   Network
+	ClusterID uint64
+	OneSided  bool // access mode; both ends of a link must have the same
+	// Offers are the transports that this engine can use, best first; Required is the only one it accepts, "" for any.
+	Offers   []string
+	Required string
+	// DataConnections is how many data connections the end that dials a link makes: 0 to MaxDataConnections.
+	DataConnections int
+	// PeerDead is how long a peer on another host may be silent. A quarter of it is the time between pings.
+	PeerDead time.Duration
+	// Track and Untrack keep the table of descriptors that a forked child has to close; nil where nobody keeps one.
+	Track, Untrack func(fd int)
+	// Attach makes the session of a link that is about to be installed. It takes conns over, also where it returns an error. The
+	// session reports a broken data connection with p.Fail, which it may do before Attach has returned.
+	Attach func(p Peer, conns []transport.Conn) (transport.Session, error)
+	// Event takes lines for the log. It must not block and must not call the Manager. nil: nobody listens.
+	Event func(Event)
+}
+
+// MaxDataConnections bounds the data connections of one link (design: 1 to 16).
+const MaxDataConnections = 16
+
+// Peer describes the other end of a link.
+type Peer struct {
+	ClusterID      uint64
+	Incarnation    Incarnation
+	Address        string   // where it was dialed, or where its connection came from
+	Dialed         bool     // this end dialed
+	SameHost       bool     // shown, see Prover
+	SameHostReason string   // why it was not shown, or how it was
+	Transports     []string // what both ends can use, best first; one that is required is the only one
+
+	link *Link
+}
+
+// Fail ends the link of which p is the peer, before or after it was installed: see [Link.Fail].
+func (p Peer) Fail(cause error) {
+	if p.link != nil {
+		p.link.Fail(cause)
+	}
+}
+
+// DialRequest says whom to link with.
+type DialRequest struct {
+	Address    string // "ip:port"
+	Source     string // local ip, or ""
+	GivenID    uint64 // the cluster id that the caller expects, where HasGivenID
+	HasGivenID bool
+	NameOnly   bool // GivenID names the failure in the log and for Explain, and nothing is expected of the peer
+}
+
+// Link is one link. A link to oneself has neither session nor connections.
+type Link struct {
+	manager *Manager
+	peer    Peer
+	number  uint64 // among the links of this pair of incarnations
+	serial  uint64 // among the links that this manager installed; 0 before
+
+	control  *conn
+	session  transport.Session
+	witness  Witness
+	paths    []string // of the data connections, for Explain
+	rejected []string // transports, each with the reason, for Explain
+	pings    pings
+
+	dead chan struct{} // closed by kill, under manager.mu, when cause is set
+	gone chan struct{} // closed when nothing of the link is left
+
+	// Guarded by manager.mu.
+	cause    error  // why it is dead; written once, before dead is closed
+	farewell string // why it is about to be retired in good order; "" while it serves
+}
+
+// ClusterID returns the id that the peer reports of itself.
+func (l *Link) ClusterID() uint64 { return l.peer.ClusterID }
+
+// Peer describes the other end.
+func (l *Link) Peer() Peer { return l.peer }
+
+// Session moves bytes; nil for a link to oneself.
+func (l *Link) Session() transport.Session { return l.session }
+
+// Dead is closed when the link has died or was retired.
+func (l *Link) Dead() <-chan struct{} { return l.dead }
+
+// Cause says why the link is dead: a *status.Error with Failed. It is nil while the link lives.
+func (l *Link) Cause() error {
+	select {
+	case <-l.dead:
+		return l.cause
+	default:
+		return nil
+	}
+}
+
+// Fail ends the link because of cause: the session calls it when a data connection broke. It does not wait, so that a goroutine for
+// which Session.Close waits may call it.
+func (l *Link) Fail(cause error) { l.manager.kill(l, peerDied(l.peer, cause)) }

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package link
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+)
+
+const (
+	// Whoever speaks the protocol sends a hello at once.
+	helloTimeout = 5 * time.Second
+	// How long an accepted handshake may take where the end that dialed names no bound, and at most.
+	defaultPatience = time.Minute
+	maxPatience     = time.Hour
+	// The proof of a shared host is one exchange between two processes.
+	proofTimeout = time.Second
+	// How long a last answer may take to be read.
+	drainFor = time.Second
+	// Accepted connections that have not said hello, and all that are not part of a link yet. When there are more, the oldest
+	// stranger has to go; a full house closes the newcomer.
+	maxStrangers  = 256
+	maxHandshakes = 1024
+	// Out of descriptors, say: try again after a pause.
+	acceptPause = 50 * time.Millisecond
+	// At most one line about strangers in this time.
+	strangerQuiet = 10 * time.Second
+	// What is remembered of engines that are gone.
+	maxPairs   = 4096
+	maxRecords = 4096
+)
+
+var errFinalized = errors.New("engine was finalized")
+
+// Manager holds the links of one engine.
+type Manager struct {
+	cfg         Config
+	fds         Descriptors
+	prover      Prover
+	incarnation Incarnation
+	token       Token
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelCauseFunc
+	tasks  sync.WaitGroup // every goroutine and call
+
+	// mu guards everything below, and the fields of pair, record and Link that say so. It is never held while something is waited
+	// for.
+	mu        sync.Mutex
+	closed    bool
+	listening *listening
+	door      Door
+	doorError string
+	pairs     map[Incarnation]*pair
+	records   map[uint64]*record
+	pending   map[Nonce]*pending
+	strangers strangers
+	serial    uint64 // of the link installed last
+}
+
+// pair is what is known of the links between this incarnation and another one. Guarded by Manager.mu, slot aside.
+type pair struct {
+	slot    chan struct{} // of the end that decides: held from GO until the link is installed or has failed
+	given   uint64        // number of the last GO that we sent
+	obeyed  uint64        // number of the last GO that we followed
+	retired uint64        // number of the newest link that we retired
+	link    *Link         // the live link, or nil
+	last    *Link         // the newest link, live or not: its successor waits until it is gone
+	current *attempt      // the handshake that followed the last GO, or nil
+	users   int           // handshakes under way: the pair must stay
+}
+
+// record is what is known under a cluster id. Guarded by Manager.mu.
+type record struct {
+	link    *Link // the newest link, live or dead; nil where there was none or it was unlinked
+	ended   string
+	failure string
+}
+
+// listening is an open listener and the goroutine that accepts from it.
+type listening struct {
+	net.Listener
+	stopped chan struct{} // closed by Stop before the listener is
+	done    chan struct{}
+}
+
+// NewManager draws an incarnation. It opens nothing.
+func NewManager(cfg Config) (*Manager, error) {
+	if cfg.Network == nil || cfg.Attach == nil {
+		return nil, status.New(status.ParamInvalid, status.StageCheck, "link: Network and Attach are required")
+	}
+	if cfg.DataConnections < 0 || cfg.DataConnections > MaxDataConnections {
+		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "link: %d data connections", cfg.DataConnections)
+	}
+	m := &Manager{
+		cfg:     cfg,
+		fds:     Descriptors{Track: cfg.Track, Untrack: cfg.Untrack},
+		prover:  cfg.Network.Prover(),
+		pairs:   map[Incarnation]*pair{},
+		records: map[uint64]*record{},
+		pending: map[Nonce]*pending{},
+	}
+	rand.Read(m.incarnation[:]) // never fails
+	rand.Read(m.token[:])
+	m.ctx, m.cancel = context.WithCancelCause(context.Background())
+	return m, nil
+}
+
+// Incarnation returns the name of this life of the engine.
+func (m *Manager) Incarnation() Incarnation { return m.incarnation }
+
+// Listen starts to accept links at address ("ip:port", port 0 for any free one) and returns the bound address.
+func (m *Manager) Listen(address string) (string, error) {
+	_, end, err := m.begin(context.Background())
+	if err != nil {
+		return "", err
+	}
+	defer end()
+	if m.ListenAddress() != "" {
+		return "", status.New(status.Failed, status.StageCheck, "already listening at "+m.ListenAddress())
+	}
+	m.openDoor()
+	listener, err := m.cfg.Network.Listen(address)
+	if err != nil {
+		return "", status.Newf(status.Failed, status.StageCheck, "listen at %s: %w", address, err)
+	}
+	l := &listening{Listener: listener, stopped: make(chan struct{}), done: make(chan struct{})}
+	m.fds.track(listener)
+	m.mu.Lock()
+	if m.closed || m.listening != nil {
+		m.mu.Unlock()
+		m.fds.untrack(listener)
+		_ = listener.Close()
+		return "", status.New(status.Failed, status.StageCheck, "already listening, or finalized")
+	}
+	m.listening = l
+	m.tasks.Add(1)
+	m.mu.Unlock()
+	go m.accept(l)
+	return listener.Addr().String(), nil
+}
+
+// StopListening closes the listener; links that it accepted live on. Without a listener it does nothing.
+func (m *Manager) StopListening() error {
+	m.mu.Lock()
+	l := m.listening
+	m.listening = nil
+	m.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	close(l.stopped)
+	m.fds.untrack(l.Listener)
+	err := l.Close()
+	<-l.done
+	if err != nil {
+		return status.Newf(status.Failed, status.StageClose, "close the listener: %w", err)
+	}
+	return nil
+}
+
+// ListenAddress returns the bound address, "" without a listener.
+func (m *Manager) ListenAddress() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.listening == nil {
+		return ""
+	}
+	return m.listening.Addr().String()
+}
+
+// Link returns the live link to the engine that reports id, or NotYetLink.
+func (m *Manager) Link(id uint64) (*Link, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r := m.records[id]
+	why := "never linked"
+	if r != nil && r.link != nil {
+		if r.link.lives() && r.link.farewell == "" {
+			return r.link, nil
+		}
+		why = r.link.ending()
+	} else if r != nil && r.ended != "" {
+		why = r.ended
+	}
+	e := status.New(status.NotYetLink, status.StageCheck, why)
+	e.Peer, e.HasPeer = id, true
+	return nil, e
+}
+
+// LiveLinks counts the links that live, one to oneself included.
+func (m *Manager) LiveLinks() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := 0
+	for _, r := range m.records {
+		if r.link != nil && r.link.lives() {
+			n++
+		}
+	}
+	return n
+}
+
+// Close retires every link, stops listening and waits for every goroutine. It doesn't wait for any peer. Later calls of the manager
+// are EngineFinalized.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	m.closed = true
+	door := m.door
+	m.door = nil
+	var links []*Link
+	for _, r := range m.records {
+		if r.link != nil {
+			links = append(links, r.link)
+		}
+	}
+	m.mu.Unlock()
+	m.cancel(errFinalized)
+	err := m.StopListening()
+	for _, l := range links {
+		m.setFarewell(l, errFinalized.Error())
+		m.kill(l, goodbye(l.peer, errFinalized.Error()))
+	}
+	if door != nil {
+		_ = door.Close()
+	}
+	m.tasks.Wait()
+	return err
+}
+
+// begin counts a call, so that Close waits for it, and returns a context that also ends with Close.
+func (m *Manager) begin(ctx context.Context) (context.Context, func(), error) {
+	if !m.enter() {
+		return nil, nil, status.Newf(status.EngineFinalized, status.StageCheck, "%w", errFinalized)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(m.ctx, func() { cancel(errFinalized) })
+	return ctx, func() { stop(); cancel(nil); m.tasks.Done() }, nil
+}
+
+// enter counts a goroutine or a call; false when the manager is closed.
+func (m *Manager) enter() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
+	m.tasks.Add(1)
+	return true
+}
+
+// openDoor starts to answer proofs of a shared host, once. Without it links are made all the same.
+func (m *Manager) openDoor() {
+	m.mu.Lock()
+	needed := m.prover != nil && m.door == nil && m.doorError == "" && !m.closed
+	m.mu.Unlock()
+	if !needed {
+		return
+	}
+	door, err := m.prover.Open(m.token, m.fds)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case err != nil:
+		m.doorError = err.Error()
+	case m.closed || m.door != nil:
+		m.mu.Unlock()
+		_ = door.Close()
+		m.mu.Lock()
+	default:
+		m.door = door
+	}
+}
+
+// acquirePair returns the pair with peer and keeps it until releasePair.
+func (m *Manager) acquirePair(peer Incarnation) *pair {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.pairs[peer]
+	if p == nil {
+		m.forgetPairs()
+		p = &pair{slot: make(chan struct{}, 1)}
+		m.pairs[peer] = p
+	}
+	p.users++
+	return p
+}
+
+func (m *Manager) releasePair(p *pair) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p.users--
+}
+
+// forgetPairs makes room for a pair. An engine that is forgotten may come back: numbers then start from what it reports.
+func (m *Manager) forgetPairs() {
+	for peer, p := range m.pairs {
+		if len(m.pairs) < maxPairs {
+			return
+		}
+		if p.link == nil && p.users == 0 && (p.last == nil || p.last.isGone()) {
+			delete(m.pairs, peer)
+		}
+	}
+}
+
+// recordOf returns the record of id, a new one where there is none. The caller holds m.mu.
+func (m *Manager) recordOf(id uint64) *record {
+	if r := m.records[id]; r != nil {
+		return r
+	}
+	for old, r := range m.records {
+		if len(m.records) < maxRecords {
+			break
+		}
+		if r.link == nil || r.link.isGone() {
+			delete(m.records, old)
+		}
+	}
+	r := &record{}
+	m.records[id] = r
+	return r
+}
+
+// event hands a line to the log.
+func (m *Manager) event(level Level, text string, cause error) {
+	if m.cfg.Event != nil {
+		m.cfg.Event(Event{Level: level, Text: text, Cause: cause})
+	}
+}
+
+func (m *Manager) eventOf(level Level, peer uint64, text string, cause error) {
+	if m.cfg.Event != nil {
+		m.cfg.Event(Event{Level: level, ClusterID: peer, HasClusterID: true, Text: text, Cause: cause})
+	}
+}
+
+// pause waits for a while, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

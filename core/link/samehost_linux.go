@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package link
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// UnixProver is the Prover of production. A door is an abstract Unix socket named by the token: to reach it shows a shared network
+// namespace, SO_PEERCRED a shared uid, and the pidfd that both ends then hold tells when the other process is gone.
+type UnixProver struct{}
+
+const (
+	// Who knows the nonce sends it at once.
+	doorTimeout = time.Second
+	// Any local user can find an abstract socket; this bounds what that costs.
+	maxAtDoor = 64
+
+	soPeerPidfd = 77 // SO_PEERPIDFD, Linux 6.5
+
+	welcome = 1 // the byte with which a door answers
+)
+
+var (
+	errNobodyReached = errors.New("peer did not reach our Unix socket")
+	errOverflowUID   = errors.New("the uid of the other end is not known in this user namespace")
+)
+
+func doorAddress(token Token) string { return "@llm-datadist-" + hex.EncodeToString(token[:]) }
+
+// Open listens on the abstract socket of token.
+func (UnixProver) Open(token Token, fds Descriptors) (Door, error) {
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: doorAddress(token), Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listen on a Unix socket: %w", err)
+	}
+	fds.track(listener)
+	ctx, cancel := context.WithCancel(context.Background())
+	d := &unixDoor{listener: listener, fds: fds, ctx: ctx, cancel: cancel, expected: map[Nonce]*visit{}}
+	d.tasks.Add(1)
+	go d.answer()
+	return d, nil
+}
+
+// Reach connects to the abstract socket of token.
+func (UnixProver) Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors) (Witness, error) {
+	var dialer net.Dialer
+	raw, err := dialer.DialContext(ctx, "unix", doorAddress(token))
+	if err != nil {
+		return nil, fmt.Errorf("reach the Unix socket of the peer: %w", err)
+	}
+	c := fds.own(raw)
+	unbind := c.bind(ctx)
+	err = showNonce(c, nonce)
+	if !unbind() {
+		err = ctx.Err()
+	}
+	if err != nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("show the nonce at the Unix socket of the peer: %w", err)
+	}
+	return newUnixWitness(c)
+}
+
+func showNonce(c *conn, nonce Nonce) error {
+	// The credentials come first: nobody else learns the nonce.
+	if err := trustedPeer(c); err != nil {
+		return err
+	}
+	if _, err := c.Write(nonce[:]); err != nil {
+		return err
+	}
+	var answer [1]byte
+	if _, err := io.ReadFull(c, answer[:]); err != nil {
+		return err
+	}
+	if answer[0] != welcome {
+		return errors.New("unexpected answer")
+	}
+	return nil
+}
+
+// unixDoor answers at an abstract Unix socket.
+type unixDoor struct {
+	listener *net.UnixListener
+	fds      Descriptors
+	ctx      context.Context
+	cancel   context.CancelFunc
+	tasks    sync.WaitGroup
+
+	mu       sync.Mutex
+	expected map[Nonce]*visit // guarded by mu
+	inside   int              // connections that have not shown a nonce; guarded by mu
+}
+
+// visit is what is known of the engine that is expected with a nonce. Guarded by unixDoor.mu.
+type visit struct {
+	witness Witness
+	err     error
+}
+
+func (d *unixDoor) Expect(nonce Nonce) func() (Witness, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v := &visit{err: errNobodyReached}
+	d.expected[nonce] = v
+	return func() (Witness, error) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.expected, nonce)
+		return v.witness, v.err
+	}
+}
+
+func (d *unixDoor) Close() error {
+	d.cancel()
+	d.fds.untrack(d.listener)
+	err := d.listener.Close()
+	d.tasks.Wait()
+	return err
+}
+
+func (d *unixDoor) answer() {
+	defer d.tasks.Done()
+	for {
+		raw, err := d.listener.Accept()
+		if d.ctx.Err() != nil {
+			if err == nil {
+				_ = raw.Close()
+			}
+			return
+		}
+		if err != nil {
+			pause(d.ctx, acceptPause)
+			continue
+		}
+		d.admit(d.fds.own(raw))
+	}
+}
+
+func (d *unixDoor) admit(c *conn) {
+	d.mu.Lock()
+	full := d.inside >= maxAtDoor
+	if !full {
+		d.inside++
+		d.tasks.Add(1)
+	}
+	d.mu.Unlock()
+	if full {
+		_ = c.Close()
+		return
+	}
+	go func() {
+		defer d.tasks.Done()
+		d.meet(c)
+		d.mu.Lock()
+		d.inside--
+		d.mu.Unlock()
+	}()
+}
+
+// meet keeps c as a witness when whoever is at its other end is trusted and expected, and closes it otherwise.
+func (d *unixDoor) meet(c *conn) {
+	ctx, cancel := context.WithTimeout(d.ctx, doorTimeout)
+	defer cancel()
+	unbind := c.bind(ctx)
+	trust := trustedPeer(c)
+	var nonce Nonce
+	_, err := io.ReadFull(c, nonce[:])
+	if !unbind() || err != nil {
+		_ = c.Close()
+		return
+	}
+	if trust != nil {
+		d.settle(nonce, nil, trust)
+		_ = c.Close()
+		return
+	}
+	witness, err := newUnixWitness(c)
+	if err != nil {
+		d.settle(nonce, nil, err)
+		return
+	}
+	if !d.settle(nonce, witness, nil) {
+		witness.Close()
+		return
+	}
+	// The witness is in its place before the other end can know of it. Where this answer is lost, the other end says "not the same
+	// host" and the claim is dropped.
+	_, _ = c.Write([]byte{welcome})
+}
+
+// settle records what came of the visit with nonce. It returns false where nobody is expected, or somebody came before.
+func (d *unixDoor) settle(nonce Nonce, w Witness, err error) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v, ok := d.expected[nonce]
+	if !ok || v.witness != nil {
+		return false
+	}
+	v.witness, v.err = w, err
+	return true
+}
+
+// trustedPeer returns nil if the process at the other end of a Unix socket runs under our uid.
+func trustedPeer(c *conn) error {
+	var cred *unix.Ucred
+	err := onDescriptor(c, func(fd int) (err error) {
+		cred, err = unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("credentials of the other end: %w", err)
+	}
+	ours := uint32(os.Geteuid())
+	if cred.Uid != ours {
+		return fmt.Errorf("the other end runs under uid %d, this process under %d", cred.Uid, ours)
+	}
+	if cred.Uid == overflowUID() {
+		return errOverflowUID
+	}
+	return nil
+}
+
+// overflowUID is what the kernel shows for every uid that has no name in this user namespace: it says nothing about who that is.
+func overflowUID() uint32 {
+	const usual = 65534
+	text, err := os.ReadFile("/proc/sys/kernel/overflowuid")
+	if err != nil {
+		return usual
+	}
+	uid, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 32)
+	if err != nil {
+		return usual
+	}
+	return uint32(uid)
+}
+
+// peerPidfd returns a non-blocking pidfd of the process at the other end of a Unix socket.
+func peerPidfd(c *conn) (int, error) {
+	pidfd := -1
+	err := onDescriptor(c, func(fd int) (err error) {
+		if pidfd, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, soPeerPidfd); err == nil {
+			return nil
+		}
+		// Older than Linux 6.5: by number. Should the process be gone and its number be reused, then its end of the socket is closed.
+		cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+		if err != nil {
+			return err
+		}
+		pidfd, err = unix.PidfdOpen(int(cred.Pid), 0)
+		return err
+	})
+	if err != nil {
+		return -1, fmt.Errorf("pidfd of the other end: %w", err)
+	}
+	if err := unix.SetNonblock(pidfd, true); err != nil {
+		_ = unix.Close(pidfd)
+		return -1, fmt.Errorf("pidfd of the other end: %w", err)
+	}
+	return pidfd, nil
+}
+
+// onDescriptor runs f on the descriptor of c.
+func onDescriptor(c *conn, f func(fd int) error) error {
+	unixConn, ok := c.Conn.(*net.UnixConn)
+	if !ok {
+		return errors.New("not a Unix socket")
+	}
+	raw, err := unixConn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var inner error
+	if err := raw.Control(func(fd uintptr) { inner = f(int(fd)) }); err != nil {
+		return err
+	}
+	return inner
+}
+
+// unixWitness watches a process by its pidfd and by its end of a Unix socket: the first outlives a descriptor that was passed to a
+// child, the second tells of an engine that was closed while its process lives on. Both wait in Go's poller, without a thread.
+type unixWitness struct {
+	socket *conn
+	pidfd  *os.File
+	tasks  sync.WaitGroup
+	dead   chan struct{}
+}
+
+// newUnixWitness takes c over, also where it returns an error.
+func newUnixWitness(c *conn) (Witness, error) {
+	pidfd, err := peerPidfd(c)
+	if err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	w := &unixWitness{socket: c, pidfd: os.NewFile(uintptr(pidfd), "pidfd"), dead: make(chan struct{})}
+	c.fds.track(w.pidfd)
+	die := sync.OnceFunc(func() { close(w.dead) })
+	w.tasks.Go(func() { w.watchSocket(die) })
+	w.tasks.Go(func() { w.watchProcess(die) })
+	return w, nil
+}
+
+func (w *unixWitness) Dead() <-chan struct{} { return w.dead }
+
+func (w *unixWitness) Close() {
+	w.socket.fds.untrack(w.pidfd)
+	_ = w.pidfd.Close()
+	_ = w.socket.Close()
+	w.tasks.Wait()
+}
+
+func (w *unixWitness) watchSocket(die func()) {
+	var scratch [16]byte
+	for {
+		if _, err := w.socket.Read(scratch[:]); err != nil {
+			die()
+			return
+		}
+	}
+}
+
+// watchProcess waits for the end of the process. Where its pidfd can't be waited for, the socket alone tells.
+func (w *unixWitness) watchProcess(die func()) {
+	raw, err := w.pidfd.SyscallConn()
+	if err != nil {
+		return
+	}
+	gone := false
+	_ = raw.Read(func(fd uintptr) bool {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 0)
+		gone = err == nil && n > 0
+		return gone
+	})
+	if gone {
+		die()
+	}
+}

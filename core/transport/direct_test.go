@@ -1,0 +1,412 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/llm-datadist-open/llm-datadist/core/mem"
+	"github.com/llm-datadist-open/llm-datadist/core/plan"
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
+)
+
+// peer is an owner, its directory and its memory, all made up. Each of its functions may be replaced.
+type peer struct {
+	mu         sync.Mutex
+	shape      plan.Shape
+	generation uint64          // what keys lead to
+	live       map[uint64]bool // generations whose memory is their own; the value: they have a name
+	resolved   int
+	consumes   bool
+	confirmed  int
+	abandoned  int
+	confirm    error // what Confirm says
+	reads      [][]mem.Move
+	read       func(ctx context.Context, moves []mem.Move) error
+	closed     []error
+	idle       chan struct{}
+}
+
+func newPeer(shape plan.Shape) *peer {
+	p := &peer{shape: shape, generation: 1, live: map[uint64]bool{1: true}, idle: make(chan struct{})}
+	close(p.idle)
+	return p
+}
+
+func (p *peer) Resolve(ctx context.Context, _ *transport.Request) (transport.Resolved, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.resolved++
+	if ctx.Err() != nil {
+		return transport.Resolved{}, status.From(ctx.Err(), status.StageResolve)
+	}
+	if p.generation == 0 {
+		return transport.Resolved{}, status.New(status.CacheNotExist, status.StageLookup, "gone")
+	}
+	r := transport.Resolved{Generation: p.generation, Shape: p.shape, Batch: 1}
+	if p.consumes {
+		r.Lease = lease{p}
+	}
+	return r, nil
+}
+
+type lease struct{ *peer }
+
+func (l lease) Confirm(context.Context) error { l.confirmed++; return l.confirm }
+func (l lease) Abandon()                      { l.abandoned++ }
+
+func (p *peer) Close(cause error)     { p.closed = append(p.closed, cause) }
+func (p *peer) Idle() <-chan struct{} { return p.idle }
+
+func (p *peer) Lookup(generation uint64) (plan.Shape, []uintptr, bool) {
+	if !p.Live(generation) {
+		return plan.Shape{}, nil, false
+	}
+	var addrs []uintptr
+	for i := range p.shape.Tensors {
+		addrs = append(addrs, 1<<40*uintptr(i+1))
+	}
+	return p.shape, addrs, true
+}
+
+func (p *peer) Live(generation uint64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.live[generation]
+	return ok
+}
+
+func (p *peer) Named(generation uint64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.live[generation]
+}
+
+func (p *peer) Read(ctx context.Context, moves []mem.Move) error {
+	p.reads = append(p.reads, append([]mem.Move(nil), moves...))
+	if p.read != nil {
+		return p.read(ctx, moves)
+	}
+	return nil
+}
+
+func (p *peer) session() *transport.Direct {
+	return transport.NewDirect(transport.DirectConfig{Control: p, Directory: p, Reader: p})
+}
+
+var shape = plan.Shape{Kind: plan.Contiguous, Tensors: 2, TensorBytes: 6 << 20, Stride: 3 << 20, Count: 2}
+
+func request(kind transport.KeyKind) (*transport.Request, transport.Local) {
+	return &transport.Request{
+		Key:   transport.Key{Kind: kind, ID: 5, CacheID: 5, Batch: 1},
+		Plan:  plan.Request{SrcTensors: plan.Range{All: true}, DstTensors: plan.Range{All: true}, Size: -1},
+		Local: shape,
+	}, transport.Local{Addrs: []uintptr{1 << 30, 2 << 30}}
+}
+
+func pull(d *transport.Direct, kind transport.KeyKind) error {
+	req, local := request(kind)
+	return d.Pull(context.Background(), req, local)
+}
+
+func TestDirectReadsThePlanInSmallBatches(t *testing.T) {
+	p := newPeer(shape)
+	require.NoError(t, pull(p.session(), transport.KeyNormal))
+	require.Len(t, p.reads, 6)
+	at := [2]uintptr{}
+	for _, moves := range p.reads {
+		var bytes uint64
+		for _, m := range moves {
+			tensor := m.Src>>40 - 1
+			require.Equal(t, 1<<40*(tensor+1)+3<<20+at[tensor], m.Src, "row 1")
+			require.Equal(t, 1<<30*(tensor+1)+at[tensor], m.Dst)
+			at[tensor] += uintptr(m.Bytes)
+			bytes += m.Bytes
+		}
+		require.LessOrEqual(t, bytes, uint64(1<<20))
+	}
+	require.Equal(t, [2]uintptr{3 << 20, 3 << 20}, at)
+}
+
+func TestDirectBoundsTheMovesOfABatch(t *testing.T) {
+	p := newPeer(plan.Shape{Kind: plan.Blocks, Tensors: 1, TensorBytes: 8 * 5000, Stride: 8, Count: 5000})
+	req, local := request(transport.KeyNormal)
+	req.Local, local.Addrs = p.shape, local.Addrs[:1]
+	for i := range uint64(2500) {
+		req.Plan.SrcBlocks, req.Plan.DstBlocks = append(req.Plan.SrcBlocks, 2*i), append(req.Plan.DstBlocks, 2*i)
+	}
+	require.ErrorIs(t, p.session().Pull(context.Background(), req, local), status.CacheNotExist, "blocks have no row 1")
+	d := transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: p})
+	require.NoError(t, d.Pull(context.Background(), req, local))
+	require.Len(t, p.reads, 3)
+	require.Len(t, p.reads[0], mem.MaxSpans)
+}
+
+// rowZero is a peer whose keys mean row 0.
+type rowZero struct{ *peer }
+
+func (r rowZero) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
+	out, err := r.peer.Resolve(ctx, req)
+	out.Batch = 0
+	return out, err
+}
+
+func TestDirectKeepsWhatAnIDMeansAndNoOtherKey(t *testing.T) {
+	p := newPeer(shape)
+	d := p.session()
+	for range 3 {
+		require.NoError(t, pull(d, transport.KeyCache))
+	}
+	require.Equal(t, 1, p.resolved)
+	for range 3 {
+		require.NoError(t, pull(d, transport.KeyNormal))
+	}
+	require.Equal(t, 4, p.resolved, "another cache may have taken the key over")
+	p.live[1] = false // withdrawn, and held by somebody's lease
+	p.generation = 0
+	require.ErrorIs(t, pull(d, transport.KeyCache), status.CacheNotExist)
+	require.Equal(t, 5, p.resolved)
+}
+
+func TestDirectForgetsRatherThanGrow(t *testing.T) {
+	p := newPeer(shape)
+	d := p.session()
+	for batch := range uint64(1000) {
+		req, local := request(transport.KeyCache)
+		req.Key.Batch = batch
+		require.NoError(t, d.Pull(context.Background(), req, local))
+	}
+	require.NoError(t, pull(d, transport.KeyCache))
+	require.Equal(t, 1001, p.resolved)
+}
+
+func TestDirectBeginsAgainWhenTheCacheWasReplaced(t *testing.T) {
+	for _, when := range []string{"before the read", "during the read"} {
+		p := newPeer(shape)
+		replace := func() {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.generation, p.live = 2, map[uint64]bool{2: true}
+		}
+		if when == "before the read" {
+			p.live = map[uint64]bool{}
+			resolve := &replacing{peer: p, replace: replace}
+			d := transport.NewDirect(transport.DirectConfig{Control: resolve, Directory: p, Reader: p})
+			require.NoError(t, pull(d, transport.KeyNormal))
+			continue
+		}
+		p.read = func(context.Context, []mem.Move) error {
+			replace()
+			p.read = nil
+			return unix.EFAULT // the old memory was unmapped
+		}
+		require.NoError(t, pull(p.session(), transport.KeyNormal))
+		require.Equal(t, 2, p.resolved)
+	}
+}
+
+// replacing is a peer that replaces its cache after it has answered once.
+type replacing struct {
+	*peer
+	replace func()
+}
+
+func (r *replacing) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
+	out, err := r.peer.Resolve(ctx, req)
+	r.replace()
+	return out, err
+}
+
+func TestDirectNeverSucceedsWithAGenerationThatHasEnded(t *testing.T) {
+	end := func(p *peer, generation uint64, shape plan.Shape) func(context.Context, []mem.Move) error {
+		return func(context.Context, []mem.Move) error {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.live = map[uint64]bool{}
+			if p.generation, p.shape = generation, shape; generation > 0 {
+				p.live[generation] = true
+			}
+			return nil
+		}
+	}
+	gone := newPeer(shape)
+	gone.read = end(gone, 0, shape)
+	require.ErrorIs(t, pull(gone.session(), transport.KeyNormal), status.CacheNotExist)
+	require.Equal(t, 2, gone.resolved, "the owner has the last word")
+
+	longer := shape
+	longer.Stride, longer.TensorBytes = 4<<20, 8<<20
+	reshaped := newPeer(shape)
+	reshaped.read = end(reshaped, 2, longer)
+	require.ErrorIs(t, pull(reshaped.session(), transport.KeyNormal), status.CacheNotExist)
+
+	restless := newPeer(shape)
+	restless.read = func(ctx context.Context, moves []mem.Move) error {
+		return end(restless, restless.generation+1, shape)(ctx, moves)
+	}
+	require.ErrorIs(t, pull(restless.session(), transport.KeyNormal), status.CacheNotExist)
+	require.Equal(t, 4, restless.resolved)
+}
+
+func TestDirectEndsEachLeaseOnce(t *testing.T) {
+	for _, c := range []struct {
+		name                 string
+		change               func(p *peer, req *transport.Request)
+		code                 status.Code
+		confirmed, abandoned int
+	}{
+		{"success", func(*peer, *transport.Request) {}, status.Success, 1, 0},
+		{"the lease had ended", func(p *peer, _ *transport.Request) {
+			p.confirm = status.New(status.Timeout, status.StageVerify, "late")
+		}, status.Timeout, 1, 0},
+		{"withdrawn, and held by the lease", func(p *peer, _ *transport.Request) { p.live[1] = false }, status.Success, 1, 0},
+		{"the plan fails", func(_ *peer, req *transport.Request) { req.Plan.Size = 4 << 20 }, status.ParamInvalid, 0, 1},
+		{"the read fails", func(p *peer, _ *transport.Request) {
+			p.read = func(context.Context, []mem.Move) error { return unix.ESRCH }
+		}, status.Failed, 0, 1},
+		{"unregistered", func(p *peer, _ *transport.Request) { p.live = map[uint64]bool{} }, status.CacheNotExist, 0, 4},
+	} {
+		p := newPeer(shape)
+		p.consumes = true
+		req, local := request(transport.KeyCache)
+		c.change(p, req)
+		require.Equal(t, c.code, status.CodeOf(p.session().Pull(context.Background(), req, local)), c.name)
+		require.Equal(t, []int{c.confirmed, c.abandoned}, []int{p.confirmed, p.abandoned}, c.name)
+	}
+}
+
+func TestDirectErrors(t *testing.T) {
+	own := status.New(status.OutOfMemory, status.StageTransfer, "no staging buffer")
+	for _, c := range []struct {
+		read error
+		code status.Code
+	}{{unix.EFAULT, status.ParamInvalid}, {unix.ESRCH, status.Failed}, {own, status.OutOfMemory}} {
+		p := newPeer(shape)
+		p.read = func(context.Context, []mem.Move) error { return c.read }
+		err := pull(p.session(), transport.KeyNormal)
+		require.ErrorIs(t, err, c.code)
+		require.ErrorIs(t, err, c.read)
+		require.Len(t, p.reads, 1)
+	}
+	p := newPeer(shape)
+	req, local := request(transport.KeyNormal)
+	local.Addrs = local.Addrs[:1]
+	require.ErrorIs(t, p.session().Pull(context.Background(), req, local), status.ParamInvalid)
+	lying := newPeer(shape)
+	d := transport.NewDirect(transport.DirectConfig{Control: rowZero{newPeer(plan.Shape{})}, Directory: lying, Reader: lying})
+	require.ErrorIs(t, pull(d, transport.KeyNormal), status.Failed)
+}
+
+func TestDirectEndsBetweenBatches(t *testing.T) {
+	for _, c := range []struct {
+		end  func(cancel context.CancelFunc, d *transport.Direct)
+		code status.Code
+		text string
+	}{
+		{func(cancel context.CancelFunc, _ *transport.Direct) { cancel() }, status.Failed, "cancelled"},
+		{func(context.CancelFunc, *transport.Direct) {
+			time.Sleep(time.Minute) /* virtual time: the deadline passes */
+		}, status.Timeout, "deadline"},
+		{func(_ context.CancelFunc, d *transport.Direct) {
+			go d.Close(status.New(status.Failed, "", "peer died: silent"))
+		}, status.Failed, "peer died"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			p := newPeer(shape)
+			d := p.session()
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			p.read = func(reading context.Context, _ []mem.Move) error {
+				c.end(cancel, d)
+				<-reading.Done() // the reader is told too
+				return nil
+			}
+			req, local := request(transport.KeyNormal)
+			err := d.Pull(ctx, req, local)
+			require.ErrorIs(t, err, c.code)
+			require.ErrorContains(t, err, c.text)
+			require.Len(t, p.reads, 1)
+		})
+	}
+}
+
+func TestDirectCloseWaitsForReads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(shape)
+		d := p.session()
+		letGo := make(chan struct{})
+		p.read = func(context.Context, []mem.Move) error { <-letGo; return nil } // a system call that can't be ended
+		pulling, closing := make(chan error, 1), make(chan struct{})
+		go func() { pulling <- pull(d, transport.KeyNormal) }()
+		synctest.Wait()
+		cause := status.New(status.Failed, status.StageTransfer, "unlinked")
+		go func() {
+			defer close(closing)
+			d.Close(cause)
+		}()
+		synctest.Wait()
+		select {
+		case <-closing:
+			require.Fail(t, "closed while a read is under way")
+		default:
+		}
+		close(letGo)
+		require.ErrorIs(t, <-pulling, error(cause))
+		<-closing
+		require.Equal(t, []error{cause}, p.closed)
+		err := pull(d, transport.KeyNormal)
+		require.ErrorIs(t, err, status.NotYetLink)
+		require.ErrorIs(t, errors.Unwrap(err), error(cause))
+		d.Close(cause)
+	})
+}
+
+func TestDirectIsIdleWhenNeitherEndHasAnythingUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(shape)
+		d := p.session()
+		isIdle := func(c <-chan struct{}) bool {
+			synctest.Wait()
+			select {
+			case <-c:
+				return true
+			default:
+				return false
+			}
+		}
+		require.True(t, isIdle(d.Idle()))
+		letGo := make(chan struct{})
+		p.read = func(context.Context, []mem.Move) error { <-letGo; return nil }
+		pulling := make(chan error, 1)
+		go func() { pulling <- pull(d, transport.KeyNormal) }()
+		synctest.Wait()
+		served := make(chan struct{})
+		p.idle = served
+		idle := d.Idle()
+		require.False(t, isIdle(idle))
+		close(letGo)
+		require.NoError(t, <-pulling)
+		require.False(t, isIdle(idle), "the peer's pulls count too")
+		close(served)
+		require.True(t, isIdle(idle))
+
+		letGo = make(chan struct{})
+		go func() { pulling <- pull(d, transport.KeyNormal) }()
+		synctest.Wait()
+		idle = d.Idle()
+		go d.Close(errors.New("closed"))
+		require.True(t, isIdle(idle), "a session that is ending is waited for by nobody")
+		close(letGo)
+		require.Error(t, <-pulling)
+		require.True(t, isIdle(d.Idle()))
+	})
+}

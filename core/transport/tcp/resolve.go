@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tcp
+
+import (
+	"context"
+
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
+)
+
+var _ transport.Control = (*Session)(nil)
+
+// Resolve implements transport.Control: the owner answers with an ENTRY alone. Where the pull consumes its key the owner keeps the
+// lease until DONE or CANCEL, and the operation stays on our table until then.
+func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
+	// Nothing is placed, so no address is looked at.
+	p, err := s.start(ctx, req, transport.Local{Addrs: make([]uintptr, req.Local.Tensors)}, flagResolve)
+	if err != nil {
+		return transport.Resolved{}, err
+	}
+	if err := s.wait(ctx, p); err != nil {
+		s.forget(p)
+		return transport.Resolved{}, err
+	}
+	r := transport.Resolved{Generation: p.entry.generation, Shape: p.entry.shape, Batch: p.entry.batch}
+	if !p.entry.consumes {
+		s.forget(p)
+		return r, nil
+	}
+	r.Lease = granted{s, p}
+	return r, nil
+}
+
+// granted is a resolved pull that the owner holds a lease for.
+type granted struct {
+	session *Session
+	pull    *pull
+}
+
+// Confirm implements transport.Lease.
+func (l granted) Confirm(ctx context.Context) error {
+	defer l.session.forget(l.pull)
+	return l.session.confirm(ctx, l.pull)
+}
+
+// Abandon implements transport.Lease.
+func (l granted) Abandon() {
+	defer l.session.forget(l.pull)
+	l.session.tell(l.pull.lane, header{kind: kindCancel, operation: l.pull.id})
+}

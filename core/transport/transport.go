@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package transport holds the interfaces between the engine and the ways to move bytes; each way has a folder of its own.
+//
+// A transport has two small sides. The initiator's side, [Session], moves the bytes of a request from the peer into local memory. The
+// serving side asks an [Owner] what a request means and reads the memory of the [Source] that it gets. A transport never imports
+// engine, link or cache: what it needs of them it gets through these interfaces.
+package transport
+
+import (
+	"context"
+
+	"github.com/llm-datadist-open/llm-datadist/core/mem"
+	"github.com/llm-datadist-open/llm-datadist/core/plan"
+)
+
+// KeyKind says how a request names the cache that it wants.
+type KeyKind uint8
+
+// The kinds of names. A BlocksCacheKey is KeyNormal with the id 2^64-1.
+const (
+	KeyNormal KeyKind = 1 // (ID, Model): request id and model id
+	KeyPrefix KeyKind = 2 // (ID, Model): prefix id and model id
+	KeyCache  KeyKind = 3 // (CacheID, Batch)
+)
+
+// Key names a cache of the owner.
+type Key struct {
+	Kind      KeyKind
+	ID, Model uint64
+	CacheID   int64
+	Batch     uint64 // batch row of a KeyCache; the owner knows the row of the other kinds
+}
+
+// Request is one pull: what is wanted, and the shape of the initiator's side, so that both ends can build the same plan (rule 2).
+// Plan.SrcBatch is filled in on both ends from what the owner resolved.
+type Request struct {
+	Key   Key
+	Plan  plan.Request
+	Local plan.Shape
+}
+
+// Local is the initiator's memory: one base address a tensor of Request.Local. The caller holds it for the whole call.
+type Local struct {
+	Addrs []uintptr
+}
+
+// Session moves bytes over one link. Its methods may be called from many goroutines.
+type Session interface {
+	// Pull copies what req names into local and returns nil only when every byte of a live generation has arrived and, where the
+	// pull consumes its key, the owner has acknowledged it (or the link died in that moment). It ends when ctx ends, with Timeout for
+	// a deadline and Failed for a cancel; when it has returned, nothing of it writes into local any more (rule 4).
+	Pull(ctx context.Context, req *Request, local Local) error
+	// Close ends every operation with cause, drops every lease of the peer and returns when no goroutine of the session is left.
+	Close(cause error)
+	// Idle returns a channel that is closed as soon as no operation, own or served, is under way; at once if there is none.
+	Idle() <-chan struct{}
+}
+
+// Owner is the serving side's lookup into the owner's table.
+type Owner interface {
+	// Open resolves a peer's request and holds what it found until Done or Drop.
+	// Errors are *status.Error: CacheNotExist, ParamInvalid.
+	Open(req *Request) (Source, error)
+}
+
+// Source is a cache that is held for one operation of a peer.
+type Source interface {
+	Shape() plan.Shape
+	Generation() uint64
+	Batch() uint64                 // the resolved batch row
+	Consumes() bool                // the key is released when the initiator confirms: this source is a lease
+	Address(tensor uint32) uintptr // base of a tensor
+	Acquire() bool                 // before each system call on the memory; false once it was withdrawn
+	Release()                      // after it
+	Done(tensors plan.Range)       // the initiator confirmed these tensors
+	Drop()                         // ended otherwise: nothing is released
+}
+
+// MaxWait bounds every call that may touch a caller's memory: a cancel is seen within it (100 ms, design: no system call on a
+// caller's memory lasts longer).
+const MaxWaitMillis = 100
+
+// Conn is one data connection: a reliable, ordered stream of bytes between two engines. One goroutine may receive while another
+// sends. Errors other than EFAULT end the connection; EFAULT (unix.EFAULT) means that the span at which the count stopped is not
+// accessible, and that nothing of the stream was lost.
+type Conn interface {
+	// Receive reads at least one byte into spans, in order, and returns how many. It returns 0 and nil when nothing came for
+	// MaxWaitMillis, and io.EOF when the peer has closed.
+	Receive(spans []mem.Span) (int, error)
+	// TryReceive is Receive that never waits: 0 and nil when nothing is there.
+	TryReceive(spans []mem.Span) (int, error)
+	// Send writes at least one byte from spans and returns how many. It returns 0 and nil when nothing could be written for
+	// MaxWaitMillis.
+	Send(spans []mem.Span) (int, error)
+	// TrySend is Send that never waits.
+	TrySend(spans []mem.Span) (int, error)
+	// Park waits, without a thread of its own, until there is something to receive, the peer has closed, or Shutdown was called.
+	Park()
+	// Shutdown ends the stream in both directions and makes every call on it return soon, now and later. Safe at any time.
+	Shutdown()
+	// Close releases the connection. No call may be under way.
+	Close() error
+	// Path says in words what the connection runs over, for explain: "127.0.0.1:4000 -> 127.0.0.1:5000, cubic".
+	Path() string
+}
