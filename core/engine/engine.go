@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package engine ties the parts together: one Engine is one LLMDataDist.
+//
+// It owns a table of caches, a manager of links and, for each link, the session that moves its bytes. It decides what a documented
+// call means in terms of those parts, and in which order it checks; it moves no byte itself. When Close has returned, nothing of the
+// engine is left: no goroutine, descriptor or mapping.
+package engine
+
+import (
+	"errors"
+	"net"
+	"strings"
+	"sync"
+
+	"github.com/llm-datadist-open/llm-datadist/core/cache"
+	"github.com/llm-datadist-open/llm-datadist/core/link"
+	"github.com/llm-datadist-open/llm-datadist/core/mem"
+	"github.com/llm-datadist-open/llm-datadist/core/plan"
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
+	"github.com/llm-datadist-open/llm-datadist/core/transport/tcp"
+)
+
+// Parts are what an engine is put together from.
+type Parts struct {
+	Device  mem.Device   // where DEVICE memory lives
+	Network link.Network // where connections come from
+	// Sessions makes the session of a link; nil: tcp.
+	Sessions func(peer link.Peer, conns []transport.Conn, owner transport.Owner) (transport.Session, error)
+	// Event takes lines for the log; it must not block. nil: nobody listens.
+	Event func(link.Event)
+}
+
+// Engine is one LLMDataDist. Its methods may be called from many goroutines, except that nothing may be called after Close.
+type Engine struct {
+	clusterID uint64
+	options   Options
+	parts     Parts
+	table     *cache.Table
+	links     *link.Manager
+
+	mu    sync.Mutex        // guards what follows
+	owned map[uint64]uint64 // links of the directional backend: the id that the caller gave -> the id that the peer reports
+}
+
+// TCP returns the network of real sockets.
+func TCP() link.Network { return &link.TCP{NewData: tcp.NewConn} }
+
+// New makes an engine: its pools are reserved and, where the options say so, its listener is bound.
+// Errors: OutOfMemory where a pool can't be had, Failed where the address can't be bound, ParamInvalid for options.
+func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
+	e := &Engine{clusterID: clusterID, options: options, parts: parts, owned: map[uint64]uint64{}}
+	var err error
+	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
+		return nil, err
+	}
+	if e.links, err = link.NewManager(e.linkConfig()); err != nil {
+		return nil, errors.Join(err, e.table.Close())
+	}
+	if options.HasListen {
+		if _, err := e.links.Listen(net.JoinHostPort(options.ListenIP, options.ListenPort)); err != nil {
+			return nil, errors.Join(err, e.Close())
+		}
+	}
+	return e, nil
+}
+
+func (e *Engine) linkConfig() link.Config {
+	required := e.options.Transport
+	if required == "auto" {
+		required = ""
+	}
+	return link.Config{
+		Network: e.parts.Network, ClusterID: e.clusterID, OneSided: e.options.OneSided, Offers: []string{"tcp"}, Required: required,
+		DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
+		Attach: e.attach, Event: e.parts.Event,
+	}
+}
+
+// track keeps a descriptor for forked children. A full table costs only them: their copy of the descriptor stays open.
+func track(fd int) { _ = mem.Track(fd) }
+
+func (e *Engine) attach(peer link.Peer, conns []transport.Conn) (transport.Session, error) {
+	if e.parts.Sessions != nil {
+		return e.parts.Sessions(peer, conns, owner{e})
+	}
+	return tcp.NewSession(tcp.Config{Conns: conns, Owner: owner{e}, Broken: peer.Fail})
+}
+
+// Close is finalize: links are retired, the listener stops, memory is given back. It is local and does not wait for a peer.
+func (e *Engine) Close() error {
+	return errors.Join(e.links.Close(), e.table.Close())
+}
+
+// ListenAddress returns the bound "ip:port", or "" where the engine does not listen.
+func (e *Engine) ListenAddress() string { return e.links.ListenAddress() }
+
+// Explain tells how the link to a cluster works and why it failed; "" for an id never met.
+func (e *Engine) Explain(id uint64) string { return e.links.Explain(e.reported(id)) }
+
+// Stats counts what the engine holds.
+func (e *Engine) Stats() cache.Stats { return e.table.Stats() }
+
+// SwitchRole makes the engine listen on address, or stop listening where it is "". See spec §7.8.
+// Errors: ExistLink where a link is live, Failed where the address can't be bound, FeatureNotEnabled for another address on the
+// directional backend.
+func (e *Engine) SwitchRole(address string) error {
+	if e.options.Directional {
+		if address != "" && address != net.JoinHostPort(e.options.ListenIP, e.options.ListenPort) {
+			return status.New(status.FeatureNotEnabled, status.StageCheck, "the hixl backend keeps the listen address of init")
+		}
+		return nil
+	}
+	if live := e.links.LiveLinks(); live > 0 {
+		return status.Newf(status.ExistLink, status.StageCheck, "%d links are live", live).Hinting("unlink first")
+	}
+	if address == "" {
+		return e.links.StopListening()
+	}
+	if samePort(address, e.links.ListenAddress()) {
+		return nil
+	}
+	if err := e.links.StopListening(); err != nil {
+		return err
+	}
+	_, err := e.links.Listen(address)
+	return err
+}
+
+// samePort compares as documented: the port alone decides.
+func samePort(a, b string) bool {
+	return b != "" && a[strings.LastIndex(a, ":")+1:] == b[strings.LastIndex(b, ":")+1:]
+}
+
+// Register enters memory of the caller into the table and returns its id. Nothing is copied or touched.
+func (e *Engine) Register(desc cache.Desc, addrs []uintptr, keys []cache.Key, accessible bool) (int64, error) {
+	entry, err := e.table.Register(desc, addrs, keys, accessible)
+	if err != nil {
+		return 0, err
+	}
+	return entry.ID, nil
+}
+
+// Allocate takes memory from a pool and returns the cache's id and the address of each tensor.
+func (e *Engine) Allocate(desc cache.Desc, keys []cache.Key) (int64, []uintptr, error) {
+	entry, err := e.table.Allocate(desc, keys)
+	if err != nil {
+		return 0, nil, err
+	}
+	return entry.ID, entry.Addrs, nil
+}
+
+// Deallocate gives up the owner's hold on an allocated cache. Unknown and registered ids are fine.
+func (e *Engine) Deallocate(id int64, blocks bool) error { return e.table.Deallocate(id, blocks) }
+
+// RemoveKey unbinds a key. An unknown one is fine.
+func (e *Engine) RemoveKey(key cache.Key) error { return e.table.RemoveKey(key) }
+
+// reported translates an id that a caller of the directional backend gave into the id that the peer reports.
+func (e *Engine) reported(id uint64) uint64 {
+	if !e.options.Directional {
+		return id
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if reported, ok := e.owned[id]; ok {
+		return reported
+	}
+	return id
+}
+
+// linkTo returns the live link to a cluster.
+func (e *Engine) linkTo(id uint64) (*link.Link, error) {
+	if e.options.Directional {
+		e.mu.Lock()
+		_, ok := e.owned[id]
+		e.mu.Unlock()
+		if !ok {
+			return nil, status.New(status.NotYetLink, status.StageResolve, "this end has not linked to the cluster").
+				Hinting("on the hixl backend each end that starts transfers calls link_clusters itself")
+		}
+	}
+	l, err := e.links.Link(e.reported(id))
+	if err == nil && l.Session() == nil {
+		err = status.New(status.ParamInvalid, status.StageCheck, "the link leads to this engine itself, which is no source of a pull")
+	}
+	return l, err
+}
+
+// owner answers the requests of peers from the engine's table.
+type owner struct{ *Engine }
+
+// Open implements transport.Owner.
+func (o owner) Open(req *transport.Request) (transport.Source, error) {
+	lookup := cache.Lookup{OneSided: o.options.OneSided, BlocksToBlocks: len(req.Plan.SrcBlocks) > 0}
+	switch req.Key.Kind {
+	case transport.KeyCache:
+		lookup.ByID, lookup.CacheID, lookup.Batch = true, req.Key.CacheID, req.Key.Batch
+		lookup.Key = cache.Key{ID: cache.NoID} // what an id that names no cache means in one-sided mode (spec §8.6)
+	case transport.KeyNormal, transport.KeyPrefix:
+		lookup.Key = cache.Key{ID: req.Key.ID, Model: req.Key.Model, Prefix: req.Key.Kind == transport.KeyPrefix}
+	default:
+		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "a key of kind %d", req.Key.Kind)
+	}
+	source, err := o.table.Open(lookup)
+	if err != nil {
+		return nil, err
+	}
+	return held{source}, nil
+}
+
+// held shows a source of the table to a transport.
+type held struct{ *cache.Source }
+
+// Shape implements transport.Source.
+func (h held) Shape() plan.Shape { return h.Entry().Shape }
+
+// Generation implements transport.Source.
+func (h held) Generation() uint64 { return h.Entry().Generation }
+
+// Address implements transport.Source.
+func (h held) Address(tensor uint32) uintptr { return h.Entry().Addrs[tensor] }
