@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The current API: types, managers and the engine's face."""

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CacheManager: registers, allocates, pulls and copies caches.
+
+Every argument is checked and packed here; what is named, moved and refused is the engine's. A call that waits gives up the
+GIL, ends within its deadline, and touches nothing any more when it has returned or raised.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from .._blocks import PackedBlocks, pack_blocks
+from ..llm_datadist_wrapper import calc_tensor_size
+from ..status import LLMStatusCode, raise_if_false, raise_if_true
+from ..utils.utils import (
+    UINT64_MAX,
+    check_dict,
+    check_int64,
+    check_isinstance,
+    check_uint32,
+    check_uint64,
+)
+from .llm_types import BlocksCacheKey, Cache, CacheDesc, CacheKey, CacheKeyByIdAndIndex, Placement
+from .llm_utils import is_valid_id
+
+__all__ = ["CacheManager"]
+
+_CONTIGUOUS, _BLOCKS = 1, 2  # kinds of caches
+_NORMAL_KEY, _PREFIX_KEY, _ID_KEY = 1, 2, 3  # kinds of keys
+_WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's complement
+_NO_BLOCKS = PackedBlocks(array("q"))
+_DEFAULT_PER_LAYER = 2
+# Their addresses come back in an array that is made before the pool is asked: 128 MiB, for a pool of 16 GiB at least.
+_MOST_TENSORS = 1 << 24
+
+
+class CacheManager:
+    """The caches of one LLMDataDist. Made by it, not by callers."""
+
+    def __init__(self, llm_datadist: Any, options: dict[str, str]) -> None:
+        self._engine = llm_datadist
+        self._enable_mem_pool = bool(options.get("llm.MemPoolConfig"))
+        self._enable_host_mem_pool = bool(options.get("llm.HostMemPoolConfig"))
+        self._enable_remote_cache_accessible = options.get("llm.EnableRemoteCacheAccessible") == "1"
+        self._is_call_linked = False
+        self._initialized = True
+
+    def set_is_call_linked(self) -> None:
+        """Mark that link() was called: registrations are then not remote accessible unless they were made before."""
+        self._is_call_linked = True
+
+    def allocate_cache(self, cache_desc: CacheDesc, cache_keys: list[CacheKey] | tuple[CacheKey, ...] = ()) -> Cache:
+        """Allocate a contiguous cache from the pool of its placement; key i is bound to batch row i.
+
+        Raises LLMException: LLM_OUT_OF_MEMORY where the pool has no room, LLM_PARAM_INVALID for a key that is bound already,
+        for more keys than rows and for a shape that has no size. The content is not initialised.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
+        return self._allocate("allocate_cache", cache_desc, _CONTIGUOUS, _pack_keys(cache_keys))
+
+    def allocate_blocks_cache(self, cache_desc: CacheDesc, blocks_cache_key: BlocksCacheKey | None = None) -> Cache:
+        """Allocate a cache of blocks (the first dimension) from the pool of its placement. Raises as allocate_cache."""
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
+        return self._allocate("allocate_blocks_cache", cache_desc, _BLOCKS, _pack_blocks_key(blocks_cache_key))
+
+    def _allocate(self, operation: str, desc: CacheDesc, kind: int, keys: array[int]) -> Cache:
+        raise_if_false(desc.num_tensors > 0, "num_tensors should be positive")
+        on_host = desc.placement == Placement.HOST
+        raise_if_false(
+            self._enable_host_mem_pool if on_host else self._enable_mem_pool,
+            "{} needs a memory pool for {!s}",
+            operation,
+            desc.placement,
+        )
+        raise_if_false(
+            desc.num_tensors <= _MOST_TENSORS,
+            "{} has no room for {} tensors",
+            operation,
+            desc.num_tensors,
+            status_code=LLMStatusCode.LLM_OUT_OF_MEMORY,
+        )
+        cache_id, addrs = self._engine.allocate(operation, _pack_desc(desc, kind), keys, desc.num_tensors)
+        return Cache(cache_id, desc, addrs, self, False, kind == _BLOCKS)
+
+    def register_cache(
+        self,
+        cache_desc: CacheDesc,
+        addrs: list[int],
+        cache_keys: list[CacheKey] | tuple[CacheKey, ...] = (),
+        remote_accessible: bool | None = None,
+    ) -> Cache:
+        """Make memory of the caller's, one address for each tensor, a contiguous cache; key i is bound to batch row i.
+
+        Nothing is copied or touched. The memory must stay mapped until unregister_cache has returned.
+        """
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("addrs", addrs, list, int)
+        check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
+        accessible = self._accessible(cache_desc, remote_accessible)
+        raise_if_false(addrs, "addrs should not be empty")
+        raise_if_false(
+            len(addrs) == cache_desc.num_tensors,
+            "number of addrs should be num_tensors {}, but got {}",
+            cache_desc.num_tensors,
+            len(addrs),
+        )
+        raise_if_true(0 in addrs, "addrs should not contain 0")
+        return self._register("register_cache", cache_desc, _CONTIGUOUS, addrs, _pack_keys(cache_keys), accessible)
+
+    def register_blocks_cache(
+        self,
+        cache_desc: CacheDesc,
+        addrs: list[int],
+        blocks_cache_key: BlocksCacheKey | None = None,
+        remote_accessible: bool | None = None,
+    ) -> Cache:
+        """Make memory of the caller's a cache of blocks (the first dimension). As register_cache."""
+        check_isinstance("cache_desc", cache_desc, CacheDesc)
+        check_isinstance("addrs", addrs, list, int)
+        check_isinstance("blocks_cache_key", blocks_cache_key, BlocksCacheKey)
+        accessible = self._accessible(cache_desc, remote_accessible)
+        raise_if_false(addrs, "addrs should not be empty")
+        raise_if_true(accessible and 0 in addrs, "addrs should not contain 0")
+        keys = _pack_blocks_key(blocks_cache_key)
+        return self._register("register_blocks_cache", cache_desc, _BLOCKS, addrs, keys, accessible)
+
+    def _accessible(self, desc: CacheDesc, remote_accessible: bool | None) -> bool:
+        check_isinstance("remote_accessible", remote_accessible, bool)
+        raise_if_true(
+            remote_accessible and self._is_call_linked, "remote_accessible should not be True after link() was called"
+        )
+        if remote_accessible is not None:
+            return remote_accessible
+        return desc.placement == Placement.DEVICE and not self._is_call_linked
+
+    def _register(
+        self, operation: str, desc: CacheDesc, kind: int, addrs: list[int], keys: array[int], accessible: bool
+    ) -> Cache:
+        cache_id = self._engine.register(operation, _pack_desc(desc, kind), _pack_addrs(addrs), keys, accessible)
+        return Cache(cache_id, desc, addrs, self, True, kind == _BLOCKS)
+
+    def unregister_cache(self, cache_id: int) -> None:
+        """Take a cache off the table. An unknown id is a success.
+
+        Waits for this engine's own operations on it. A peer that is pulling from it gets LLM_KV_CACHE_NOT_EXIST. After the
+        return the memory is the caller's alone.
+        """
+        check_isinstance("cache_id", cache_id, int)
+        self._engine.unregister(check_int64("cache_id", cache_id))
+
+    def deallocate_cache(self, cache: Cache) -> None:
+        """Give up a contiguous cache. It answers pulls until its last key is released; then its memory is free."""
+        check_isinstance("cache", cache, Cache)
+        raise_if_true(cache.is_blocks_cache, "deallocate_cache does not take a blocks cache")
+        self._deallocate("deallocate_cache", cache)
+
+    def deallocate_blocks_cache(self, cache: Cache) -> None:
+        """Give up a blocks cache at once, with its key."""
+        check_isinstance("cache", cache, Cache)
+        raise_if_false(cache.is_blocks_cache, "deallocate_blocks_cache takes a blocks cache only")
+        self._deallocate("deallocate_blocks_cache", cache)
+
+    def _deallocate(self, operation: str, cache: Cache) -> None:
+        self._check_pool(operation)
+        self._engine.deallocate(operation, cache.cache_id, cache.is_blocks_cache)
+        cache._tensor_addrs = []
+        cache._valid = False
+
+    def remove_cache_key(self, cache_key: CacheKey) -> None:
+        """Release a key of an allocated cache. An unknown key is a success; the key of a registered cache stays."""
+        check_isinstance("cache_key", cache_key, CacheKey)
+        self._check_pool("remove_cache_key")
+        key_id, model_id, prefix = _key_words(cache_key)
+        self._engine.remove_key(key_id, model_id, prefix == 1)
+
+    def _check_pool(self, operation: str) -> None:
+        raise_if_false(
+            self._enable_mem_pool or self._enable_host_mem_pool,
+            "{} needs a memory pool",
+            operation,
+            status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
+
+    def pull_cache(
+        self,
+        cache_key: CacheKey | CacheKeyByIdAndIndex,
+        cache: Cache,
+        batch_index: int = 0,
+        size: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        """Pull a row of a peer's cache into row batch_index of a local one: size bytes of each tensor, -1 for a whole local row.
+
+        Keywords: src_layer_range and dst_layer_range (range, None for all), tensor_num_per_layer (2). Raises LLMException:
+        LLM_KV_CACHE_NOT_EXIST, LLM_NOT_YET_LINK, LLM_TIMEOUT (after sync_kv_timeout; the link stays usable), LLM_FAILED where
+        the peer died, LLM_PARAM_INVALID. After the return or the exception nothing is written any more.
+        """
+        one_sided = self._enable_remote_cache_accessible
+        check_isinstance(
+            "cache_key", cache_key, CacheKeyByIdAndIndex if one_sided else [CacheKey, CacheKeyByIdAndIndex]
+        )
+        check_isinstance("cache", cache, Cache)
+        check_uint32("batch_index", batch_index)
+        check_int64("size", size)
+        raise_if_true(cache.is_blocks_cache, "pull_cache does not take a blocks cache")
+        raise_if_false(size == -1 or size > 0, "size should be -1 or positive, but got {}", size)
+        per_layer = _per_layer(kwargs)
+        if isinstance(cache_key, CacheKey):
+            self.check_cache_key(cache_key)
+        self._pull("pull_cache", cache_key, cache, batch_index, size, per_layer, kwargs, _NO_BLOCKS, _NO_BLOCKS)
+
+    def pull_blocks(
+        self,
+        src_cache_key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey,
+        dst_cache: Cache,
+        src_blocks: Sequence[int] = (),
+        dst_blocks: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Pull blocks of a peer's cache (BlocksCacheKey), or the pieces of a row of it, into blocks of a local one.
+
+        Block i of src_blocks goes to block i of dst_blocks in every tensor; with another key src_blocks is empty, and piece i
+        of the row goes to block i. Block lists may also be one-dimensional buffers of int64, uint64 or int32. Keywords and
+        exceptions as pull_cache.
+        """
+        check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
+        check_isinstance("dst_cache", dst_cache, Cache)
+        src, dst = pack_blocks("src_blocks", src_blocks), pack_blocks("dst_blocks", dst_blocks)
+        raise_if_false(dst_cache.is_blocks_cache, "pull_blocks takes a blocks cache only")
+        raise_if_false(dst.count, "dst_blocks should not be empty")
+        per_layer = _per_layer(kwargs)
+        if isinstance(src_cache_key, BlocksCacheKey):
+            raise_if_false(src.count, "src_blocks should not be empty with a BlocksCacheKey")
+        else:
+            if isinstance(src_cache_key, CacheKey):
+                self.check_cache_key(src_cache_key)
+            raise_if_true(src.count, "src_blocks should be empty unless the key is a BlocksCacheKey")
+        self._pull("pull_blocks", src_cache_key, dst_cache, 0, -1, per_layer, kwargs, src, dst)
+
+    def _pull(
+        self,
+        operation: str,
+        key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey,
+        cache: Cache,
+        batch_index: int,
+        size: int,
+        per_layer: int,
+        kwargs: dict[str, Any],
+        src: PackedBlocks,
+        dst: PackedBlocks,
+    ) -> None:
+        src_first, src_count = _tensors("src_layer_range", kwargs, per_layer)
+        dst_first, dst_count = _tensors("dst_layer_range", kwargs, per_layer)
+        kind, key_id, model_id, cache_id, key_batch = _name(key)
+        params = array(
+            "Q",
+            (
+                key.cluster_id & _WORD,
+                kind,
+                key_id & _WORD,
+                model_id & _WORD,
+                cache_id & _WORD,
+                key_batch,
+                cache.cache_id & _WORD,
+                batch_index,
+                size & _WORD,
+                src_first & _WORD,
+                src_count,
+                dst_first & _WORD,
+                dst_count,
+                per_layer,
+            ),
+        )
+        self._engine.pull(operation, params, src.address, src.count, dst.address, dst.count)
+
+    def copy_cache(
+        self,
+        dst: Cache,
+        src: Cache,
+        dst_batch_index: int = 0,
+        src_batch_index: int = 0,
+        offset: int = 0,
+        size: int = -1,
+        req_id: int | None = None,
+    ) -> None:
+        """Copy size bytes from offset on (-1: to the end) of a row of src to a row of dst, in every tensor. Local.
+
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID. req_id is for the log only.
+        """
+        check_isinstance("dst", dst, Cache)
+        check_isinstance("src", src, Cache)
+        check_uint32("dst_batch_index", dst_batch_index)
+        check_uint32("src_batch_index", src_batch_index)
+        check_uint64("offset", offset)
+        check_int64("size", size)
+        raise_if_true(src.is_blocks_cache, "copy_cache does not take a blocks cache as src")
+        raise_if_true(dst.is_blocks_cache, "copy_cache does not take a blocks cache as dst")
+        raise_if_false(size == -1 or size > 0, "size should be -1 or positive, but got {}", size)
+        if req_id is not None:
+            check_uint64("req_id", req_id)
+        self._engine.copy_cache(dst.cache_id, src.cache_id, dst_batch_index, src_batch_index, offset, size)
+
+    def copy_blocks(self, cache: Cache, copy_block_info: dict[int, list[int]]) -> None:
+        """Copy each block src to the blocks of copy_block_info[src], in every tensor, in the order of the dict. Local."""
+        check_isinstance("cache", cache, Cache)
+        check_isinstance("copy_block_info", copy_block_info, dict, allow_none=False)
+        check_dict("copy_block_info", copy_block_info, int, list, int)
+        raise_if_false(cache.is_blocks_cache, "copy_blocks takes a blocks cache only")
+        pairs = [block for src, targets in copy_block_info.items() for dst in targets for block in (src, dst)]
+        self._engine.copy_blocks(cache.cache_id, _pack_native("copy_block_info", pairs))
+
+    def swap_blocks(self, src_cache: Cache, dst_cache: Cache, src_to_dst: dict[int, int]) -> None:
+        """Copy blocks between a host and a device cache, by the addresses inside the objects. Local.
+
+        Raises LLMException: LLM_PARAM_INVALID for blocks out of range and memory that is not mapped.
+        """
+        check_isinstance("src_cache", src_cache, Cache)
+        check_isinstance("dst_cache", dst_cache, Cache)
+        raise_if_false(src_cache.is_blocks_cache, "swap_blocks takes a blocks cache only as src_cache")
+        raise_if_false(dst_cache.is_blocks_cache, "swap_blocks takes a blocks cache only as dst_cache")
+        block_bytes, pairs = check_swap(src_cache.cache_desc, dst_cache.cache_desc, src_to_dst)
+        src, dst = _pack_addrs(src_cache.tensor_addrs), _pack_addrs(dst_cache.tensor_addrs)
+        raise_if_false(len(src) == len(dst), "the caches have {} and {} addresses", len(src), len(dst))
+        self._engine.swap_blocks(dst, src, block_bytes, pairs)
+
+    @staticmethod
+    def check_cache_key(cache_key: CacheKey) -> None:
+        """Raise LLMException unless exactly one of req_id and prefix_id is valid."""
+        by_request, by_prefix = is_valid_id(cache_key.req_id), is_valid_id(cache_key.prefix_id)
+        raise_if_false(
+            by_request != by_prefix, "exactly one of req_id and prefix_id of {} should be valid", repr(cache_key)
+        )
+
+
+def check_swap(src: CacheDesc, dst: CacheDesc, src_to_dst: dict[int, int]) -> tuple[int, array[int]]:
+    """Check a swap of blocks and return the bytes of a block and the packed pairs of blocks."""
+    check_isinstance("src_to_dst", src_to_dst, dict, allow_none=False)
+    check_dict("src_to_dst", src_to_dst, int, int)
+    block_bytes = src.size // src.batch_size
+    raise_if_false(block_bytes == dst.size // dst.batch_size, "the caches should have blocks of the same size")
+    raise_if_false(src.num_tensors == dst.num_tensors, "the caches should have the same num_tensors")
+    for name, desc, blocks in (("src", src, src_to_dst.keys()), ("dst", dst, src_to_dst.values())):
+        for block in blocks:
+            raise_if_false(
+                0 <= block < desc.batch_size, "{} block {} should be in range [0, {})", name, block, desc.batch_size
+            )
+    raise_if_false(
+        {src.placement, dst.placement} == {Placement.HOST, Placement.DEVICE},
+        "exactly one of the caches should be Placement.HOST, the other Placement.DEVICE",
+    )
+    return block_bytes, array("q", [block for pair in src_to_dst.items() for block in pair])
+
+
+def _name(
+    key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey,
+) -> tuple[int, int, int, int, int]:
+    """Return how the engine names a key: kind, id, model id, cache id, batch."""
+    if isinstance(key, BlocksCacheKey):
+        _check_word("cluster_id", key.cluster_id)
+        return _NORMAL_KEY, UINT64_MAX, _check_word("model_id", key.model_id), 0, 0
+    if isinstance(key, CacheKeyByIdAndIndex):
+        return _ID_KEY, 0, 0, key.cache_id, key.batch_index
+    if key.prefix_id != UINT64_MAX:
+        return _PREFIX_KEY, key.prefix_id, key.model_id, 0, 0
+    return _NORMAL_KEY, key.req_id, key.model_id, 0, 0
+
+
+def _per_layer(kwargs: dict[str, Any]) -> int:
+    if "tensor_num_per_layer" not in kwargs:
+        return _DEFAULT_PER_LAYER
+    value: int = kwargs["tensor_num_per_layer"]
+    check_uint32("tensor_num_per_layer", value)
+    raise_if_false(value > 0, "tensor_num_per_layer should be positive")
+    return value
+
+
+def _tensors(name: str, kwargs: dict[str, Any], per_layer: int) -> tuple[int, int]:
+    """Return the first tensor and the number of tensors of a range of layers; (-1, 0) for all."""
+    layers: range | None = kwargs.get(name)
+    if layers is None:
+        return -1, 0
+    check_isinstance(name, layers, range)
+    raise_if_false(layers.step == 1, "step of {} should be 1, but got {}", name, layers.step)
+    if not layers:
+        return -1, 0
+    raise_if_false(layers.start >= 0, "{} should not start below 0, but got {}", name, layers)
+    check_uint32(f"last tensor index of {name}", layers.stop * per_layer - 1)
+    return layers.start * per_layer, len(layers) * per_layer
+
+
+def _pack_desc(desc: CacheDesc, kind: int) -> array[int]:
+    element_bytes = calc_tensor_size([1], desc.data_type.value)
+    return array("q", [kind, desc.num_tensors, element_bytes, int(desc.placement), *desc.shape])
+
+
+def _key_words(key: CacheKey) -> tuple[int, int, int]:
+    """Return id, model id and 1 for a prefix key."""
+    if key.prefix_id != UINT64_MAX:
+        return key.prefix_id, key.model_id, 1
+    return key.req_id, key.model_id, 0
+
+
+def _pack_keys(keys: Sequence[CacheKey]) -> array[int]:
+    return array("Q", [word for key in keys or () for word in _key_words(key)])
+
+
+def _pack_blocks_key(key: BlocksCacheKey | None) -> array[int]:
+    return array("Q", [] if key is None else [UINT64_MAX, _check_word("model_id", key.model_id), 0])
+
+
+def _check_word(name: str, value: int) -> int:
+    """Check a number of a BlocksCacheKey, which has no range of its own: what is no u64 is a TypeError of the native layer."""
+    if not 0 <= value <= UINT64_MAX:
+        raise TypeError(f"{name} should be in range [0, {UINT64_MAX}], but got {value}")
+    return value
+
+
+def _pack_addrs(addrs: Sequence[int]) -> array[int]:
+    try:
+        return array("Q", addrs)
+    except OverflowError:
+        raise TypeError(f"addrs should be in range [0, {UINT64_MAX}]") from None
+
+
+def _pack_native(name: str, values: Sequence[int]) -> array[int]:
+    """Pack what the native layer takes as u64: what does not fit is a TypeError there."""
+    if values and not (min(values) >= 0 and max(values) <= UINT64_MAX):
+        raise TypeError(f"{name} should hold integers in range [0, {UINT64_MAX}]")
+    return array("Q", values)

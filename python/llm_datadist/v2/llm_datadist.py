@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLMDataDist: one engine, its links, and the manager of its caches."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from .. import _native
+from ..configs import LLMClusterInfo, LLMRole
+from ..status import LLMException, LLMStatusCode, raise_if_false, raise_if_true
+from ..utils import log
+from ..utils.utils import check_dict, check_int32, check_isinstance, check_uint64
+from .cache_manager import CacheManager
+from .llm_utils import parse_listen_ip_info
+
+__all__ = ["LLMDataDist"]
+
+_CACHE_MANAGER = "llm.EnableCacheManager"
+_ONE_SIDED = "llm.EnableRemoteCacheAccessible"
+_LOCAL_COMM_RES = "llm.LocalCommRes"
+_BACKEND = "llm.TransferBackend"
+_LISTEN_INFO = "llm.listenIpInfo"
+_LISTEN_IP = "llm.ListenIp"
+_LISTEN_PORT = "llm.ListenPort"
+_ROLE = "llm.Role"
+_GRAPH_MEMORY = "ge.flowGraphMemMaxSize"
+
+_ROLE_NAMES = {LLMRole.PROMPT: "Prompt", LLMRole.DECODER: "Decoder", LLMRole.MIX: "Mix"}
+
+
+class LLMDataDist:
+    """One end of the transfer of KV cache. A process has at most one that is initialised.
+
+    role says what the process is for (PROMPT computes, DECODER fetches); in cache-manager mode it does not limit what may
+    be called. cluster_id is the id by which peers know this end.
+    """
+
+    llm_engine_instance: LLMDataDist | None = None
+
+    def __init__(self, role: LLMRole, cluster_id: int) -> None:
+        self._role = check_isinstance("role", role, LLMRole)
+        self._cluster_id = check_uint64("cluster_id", cluster_id)
+        self._is_initialized = False
+        self._enable_cache_mgr = False
+        self._enable_local_comm_res = False
+        self._engine_options: dict[str, str] = {}
+        self._llm_datadist: Any = None
+        self._cache_manager: CacheManager | None = None
+        self._kv_cache_manager: Any = None
+
+    def init(self, options: dict[str, str]) -> None:
+        """Start the engine. options is what LLMConfig.generate_options returns.
+
+        Raises LLMException: LLM_FAILED where the process has another engine or the listen address can't be bound,
+        LLM_OUT_OF_MEMORY where a pool can't be had, LLM_PARAM_INVALID for options.
+        """
+        if self._is_initialized:
+            return
+        other = LLMDataDist.llm_engine_instance
+        raise_if_false(
+            other is None or other is self,
+            "another LLMDataDist of this process is initialised, finalize it first",
+            status_code=LLMStatusCode.LLM_FAILED,
+        )
+        check_isinstance("options", options, dict, allow_none=False)
+        _check_graph_memory(options)
+        check_dict("options", options, str, str)
+        engine_options = dict(options)
+        engine_options[_ROLE] = self._role_to_str(self._role)
+        self._imply_modes(engine_options)
+        self._engine_options = engine_options
+        if self._enable_cache_mgr:
+            self._start_cache_manager()
+        else:
+            self._start_kv_cache_manager()
+        self._is_initialized = True
+        LLMDataDist.llm_engine_instance = self
+
+    def _imply_modes(self, options: dict[str, str]) -> None:
+        """Set the options that others imply, and check that they fit together."""
+        self._enable_local_comm_res = _LOCAL_COMM_RES in options
+        if self._enable_local_comm_res:
+            options.setdefault(_CACHE_MANAGER, "1")
+            options.setdefault(_ONE_SIDED, "1")
+        self._enable_cache_mgr = options.get(_CACHE_MANAGER) == "1"
+        raise_if_true(
+            self._enable_local_comm_res and not self._enable_cache_mgr, "{} needs {}=1", _LOCAL_COMM_RES, _CACHE_MANAGER
+        )
+        if _BACKEND in options:
+            raise_if_false(self._enable_cache_mgr, "{} needs {}=1", _BACKEND, _CACHE_MANAGER)
+            options.setdefault(_ONE_SIDED, "1")
+            raise_if_false(options[_ONE_SIDED] == "1", "{} needs {}=1", _BACKEND, _ONE_SIDED)
+            raise_if_false(_LISTEN_INFO in options, "{} needs {}", _BACKEND, _LISTEN_INFO)
+        if self._enable_cache_mgr and _LISTEN_INFO in options:
+            ip, port = parse_listen_ip_info(options[_LISTEN_INFO])
+            options[_LISTEN_IP], options[_LISTEN_PORT] = ip, str(port)
+
+    def _start_cache_manager(self) -> None:
+        self._llm_datadist = _native.Engine(self._cluster_id, self._engine_options)
+        self._cache_manager = CacheManager(self._llm_datadist, self._engine_options)
+
+    def _start_kv_cache_manager(self) -> None:
+        manager = importlib.import_module("llm_datadist_v1.kv_cache_manager")
+        options = manager.native_options(self._engine_options)
+        self._llm_datadist = _native.Engine(self._cluster_id, options)
+        self._kv_cache_manager = manager.KvCacheManager(self._llm_datadist, self._role)
+
+    def finalize(self) -> None:
+        """End the engine: links, listener, memory. Peers see this end die. Caches become invalid. May be repeated."""
+        if not self._is_initialized:
+            return
+        self._is_initialized = False
+        if LLMDataDist.llm_engine_instance is self:
+            LLMDataDist.llm_engine_instance = None
+        for manager in (self._cache_manager, self._kv_cache_manager):
+            if manager is not None:
+                manager._initialized = False
+        self._cache_manager = self._kv_cache_manager = None
+        self._llm_datadist.close()
+
+    @property
+    def cluster_id(self) -> int:
+        return self._cluster_id
+
+    @property
+    def cache_manager(self) -> CacheManager:
+        """The manager of caches, in cache-manager mode."""
+        self._check_initialized()
+        raise_if_false(self._cache_manager is not None, "cache_manager needs {}=1", _CACHE_MANAGER)
+        assert self._cache_manager is not None
+        return self._cache_manager
+
+    @property
+    def kv_cache_manager(self) -> Any:
+        """The manager of the older API, outside cache-manager mode."""
+        self._check_initialized()
+        raise_if_true(self._enable_cache_mgr, "kv_cache_manager is not available with {}=1", _CACHE_MANAGER)
+        return self._kv_cache_manager
+
+    @property
+    def listen_address(self) -> str | None:
+        """The bound "ip:port", or None where this end does not listen."""
+        self._check_initialized()
+        address: str | None = self._engine.listen_address()
+        return address
+
+    def explain(self, cluster_id: int) -> str:
+        """Tell how the link to a cluster works and why it last failed; "" for an id never met."""
+        self._check_initialized()
+        return str(self._engine.explain(check_uint64("cluster_id", cluster_id)))
+
+    def link_clusters(
+        self, clusters: list[LLMClusterInfo] | tuple[LLMClusterInfo, ...], timeout: int = 3000
+    ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+        """Link to clusters in parallel, within timeout ms.
+
+        Returns the code of each in the order of clusters, and before it LLM_SUCCESS where all succeeded, else the last code
+        that is none. Never raises for a link that fails: explain says why.
+        """
+        self._check_initialized()
+        _check_timeout(timeout)
+        check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
+        needs_local = self._enable_cache_mgr and not self._engine_options.get(_LOCAL_COMM_RES)
+        for cluster in clusters:
+            raise_if_true(needs_local and not cluster.local_ip_info_list, "local_ip_info_list is empty")
+            if cluster.remote_cluster_id is not None:
+                check_isinstance("remote_cluster_id", cluster.remote_cluster_id, int, allow_none=False)
+        if not clusters:
+            return LLMStatusCode.LLM_PARAM_INVALID, []
+        return _overall(self._engine.link_clusters([_plain(cluster) for cluster in clusters], timeout))
+
+    def unlink_clusters(
+        self,
+        clusters: list[LLMClusterInfo] | tuple[LLMClusterInfo, ...],
+        timeout: int = 3000,
+        force: bool = False,
+    ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+        """Unlink from clusters, within timeout ms. What is not linked is a success. force does not ask the peer."""
+        self._check_initialized()
+        _check_timeout(timeout)
+        check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
+        check_isinstance("force", force, bool, allow_none=False)
+        for cluster in clusters:
+            check_isinstance("remote_cluster_id", cluster.remote_cluster_id, int, allow_none=False)
+        if not clusters:
+            return LLMStatusCode.LLM_PARAM_INVALID, []
+        return _overall(self._engine.unlink_clusters([_plain(cluster) for cluster in clusters], timeout, force))
+
+    def switch_role(self, role: LLMRole, switch_options: dict[str, str] | None = None) -> None:
+        """Change the role, and listen where switch_options["llm.listenIpInfo"] says or stop listening.
+
+        Raises LLMException with LLM_EXIST_LINK while a link is live.
+        """
+        self._check_initialized()
+        check_isinstance("role", role, LLMRole, allow_none=False)
+        check_isinstance("switch_options", switch_options, dict)
+        raise_if_false(self._enable_cache_mgr, "switch_role needs {}=1", _CACHE_MANAGER)
+        info = (switch_options or {}).get(_LISTEN_INFO)
+        address = ""
+        if info is not None:
+            ip, port = parse_listen_ip_info(info)
+            address = f"{ip}:{port}"
+        self._engine.switch_role(address)
+        log.info("role switched from %s to %s", self._role, role)
+        self._role = role
+
+    @property
+    def _engine(self) -> Any:
+        return self._llm_datadist
+
+    @staticmethod
+    def _role_to_str(role: LLMRole) -> str:
+        return _ROLE_NAMES[role]
+
+    def _check_initialized(self) -> None:
+        if not self._is_initialized:
+            raise RuntimeError("LLMDataDist is not initialized")
+
+
+def _check_graph_memory(options: dict[str, str]) -> None:
+    if _GRAPH_MEMORY not in options:
+        return
+    value = check_isinstance(_GRAPH_MEMORY, options[_GRAPH_MEMORY], str, allow_none=False)
+    raise_if_true("," in value, "{} should be one value, but got {!r}", _GRAPH_MEMORY, value)
+    raise_if_false(value.isascii() and value.isdigit(), "{} should be digits, but got {!r}", _GRAPH_MEMORY, value)
+
+
+def _check_timeout(timeout: int) -> None:
+    check_int32("timeout", timeout)
+    raise_if_false(timeout > 0, "timeout should be positive, but got {}", timeout)
+
+
+def _plain(cluster: LLMClusterInfo) -> dict[str, Any]:
+    """Return a cluster as the engine takes it."""
+    return {
+        "id": cluster.remote_cluster_id,
+        "local": [_dotted(ip) for ip, _ in cluster.local_ip_info_list],
+        "remote": [f"{_dotted(ip)}:{port}" for ip, port in cluster.remote_ip_info_list],
+    }
+
+
+def _dotted(ip: int) -> str:
+    """Return the text of an ip whose network-order bytes are a little-endian integer."""
+    try:
+        return socket.inet_ntoa(struct.pack("<I", ip))
+    except struct.error:
+        raise TypeError(f"ip should be an integer of 32 bits, but got {ip!r}") from None
+
+
+def _overall(codes: Sequence[LLMStatusCode]) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+    failed = [code for code in codes if code != LLMStatusCode.LLM_SUCCESS]
+    return (failed[-1] if failed else LLMStatusCode.LLM_SUCCESS), list(codes)
+
+
+def _shutdown_handler() -> None:
+    """Finalize what is left at exit."""
+    instance = LLMDataDist.llm_engine_instance
+    if instance is None:
+        return
+    try:
+        instance.finalize()
+    except LLMException as exc:
+        log.warn("finalize at exit: %s", exc)
+
+
+atexit.register(_shutdown_handler)
