@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KvCacheManager, the manager outside cache-manager mode: a PROMPT that binds keys and a DECODER that pulls."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    DataType,
+    KvCache,
+    KvCacheManager,
+    LLMConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    Placement,
+)
+from peers import ADDRESS, Background, Peer, cluster, desc, memory_at, pattern
+
+SUCCESS = LLMStatusCode.LLM_SUCCESS
+PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
+NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
+
+PROMPT, DECODER = 1, 2  # cluster ids
+U64MAX = 2**64 - 1
+BUDGET = 1 << 20
+KEY = CacheKey(PROMPT, req_id=1)
+
+# The documented example of the prompt's side, in a process of its own.
+SERVE = """
+from llm_datadist import *
+config = LLMConfig()
+config.device_id, config.listen_ip_info = 0, "127.0.0.1:0"
+end.engine = LLMDataDist(LLMRole.PROMPT, 1)
+end.engine.init(config.generate_options())
+end.kv_caches = []
+result = end.engine.listen_address
+"""
+OFFER = """
+from peers import memory_at, pattern
+cache = end.engine.kv_cache_manager.allocate_cache(described, keys)
+for tensor, addr in enumerate(cache.per_device_tensor_addrs[0]):
+    view = memory_at(addr, described.size)
+    view[:] = pattern(number, tensor, view.size)
+end.kv_caches.append(cache)
+result = cache.cache_id
+"""
+
+
+def settings(role=LLMRole.DECODER, **given):
+    config = LLMConfig()
+    config.device_id = 0
+    config.ge_options = {"ge.flowGraphMemMaxSize": str(given.pop("budget", BUDGET))}
+    if role is LLMRole.PROMPT:
+        config.listen_ip_info = ADDRESS
+    for name, value in given.items():
+        setattr(config, name, value)
+    return config.generate_options()
+
+
+def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
+    with pytest.raises(error) as failure:
+        call(*args, **kwargs)
+    assert type(failure.value) is error
+    if error is LLMException:
+        assert failure.value.status_code is code, failure.value
+    return failure.value
+
+
+def opened(role, cluster_id=DECODER, **given):
+    engine = LLMDataDist(role, cluster_id)
+    engine.init(settings(role, **given))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def process():
+    with Peer() as peer:
+        yield peer
+
+
+@pytest.fixture
+def prompt(process):
+    """The prompt's process and the address where it listens."""
+    yield process, process.run(SERVE)
+    process.run("del end.kv_caches[:]")
+    process.close()
+
+
+@pytest.fixture
+def decoder(request):
+    engine = opened(LLMRole.DECODER, **getattr(request, "param", {}))
+    yield engine
+    engine.finalize()
+
+
+@pytest.fixture
+def solo():
+    """A manager without a peer, of the role that is asked for."""
+    engines = []
+
+    def make(role, **given):
+        engines.append(opened(role, **given))
+        return engines[-1].kv_cache_manager
+
+    yield make
+    for engine in engines:
+        engine.finalize()
+
+
+def content(cache, tensor=0):
+    return memory_at(cache.per_device_tensor_addrs[0][tensor], cache.cache_desc.size)
+
+
+def fill(cache, number):
+    for tensor in range(cache.cache_desc.num_tensors):
+        view = content(cache, tensor)
+        view[:] = pattern(number, tensor, view.size)
+
+
+# --- between two processes
+
+
+def test_the_documented_example(prompt):
+    process, address = prompt
+    described = CacheDesc(4, [4, 256], DataType.DT_FLOAT16)
+    process.run(OFFER, described=described, keys=[CacheKey(PROMPT, n) for n in range(4)], number=1)
+
+    decoder = LLMDataDist(LLMRole.DECODER, DECODER)
+    decoder.init({"ge.exec.deviceId": "0"})
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000) == (SUCCESS, [SUCCESS])
+    cache = decoder.kv_cache_manager.allocate_cache(described)
+    decoder.kv_cache_manager.pull_cache(CacheKey(PROMPT, 2), cache, 1)
+    for tensor in range(4):
+        assert np.array_equal(content(cache, tensor)[512:1024], pattern(1, tensor, 2048)[1024:1536])
+    assert decoder.unlink_clusters([cluster(address, PROMPT)], 5000) == (SUCCESS, [SUCCESS])
+    refused(decoder.kv_cache_manager.pull_cache, CacheKey(PROMPT, 3), cache, code=NOT_YET_LINK)
+    decoder.finalize()
+    assert not decoder._is_initialized
+
+
+def test_a_link_needs_no_local_ip_here(prompt, decoder):
+    _, address = prompt
+    assert decoder.link_clusters([cluster(address, PROMPT, local=None)], 5000) == (SUCCESS, [SUCCESS])
+
+
+def test_a_pull_releases_its_key_and_a_prefix_key_stays(prompt, decoder):
+    process, address = prompt
+    prefix = CacheKey(PROMPT, req_id=U64MAX, prefix_id=7)
+    cache_id = process.run(OFFER, described=desc([2, 8]), keys=[KEY, prefix], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([2, 8]))
+    fill(cache, 50)
+    manager.pull_cache(KEY, cache, 0, 5)
+    assert np.array_equal(content(cache)[:5], pattern(1, 0, 16)[:5])
+    refused(manager.pull_cache, KEY, cache, code=NOT_EXIST)
+    for _ in range(2):
+        manager.pull_cache(prefix, cache, 1)
+        manager.pull_cache(CacheKeyByIdAndIndex(PROMPT, cache_id, 1), cache, 1)
+    assert np.array_equal(content(cache)[8:], pattern(1, 0, 16)[8:])
+
+
+def test_layers_are_pulled_one_by_one(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([1, 8], 4), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([1, 8], 4))
+    for layer in (1, 0):
+        one = range(layer, layer + 1)
+        manager.pull_cache(KEY, cache, src_layer_range=one, dst_layer_range=one)
+    for tensor in range(4):
+        assert np.array_equal(content(cache, tensor), pattern(1, tensor, 8))
+    refused(manager.pull_cache, KEY, cache, code=NOT_EXIST)
+
+
+def test_pull_into_a_deallocated_cache_is_not_exist(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 8]))
+    decoder.kv_cache_manager.deallocate_cache(cache)
+    refused(decoder.kv_cache_manager.pull_cache, KEY, cache, code=NOT_EXIST)
+
+
+@pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 300}], indirect=True)
+def test_a_deadline_is_the_older_code(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([1, 8]))
+    with process.stopped():
+        call = Background(manager.pull_cache, KEY, cache)
+        failure = refused(call.result, code=LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT)
+        assert (failure.operation, failure.peer) == ("pull_cache", PROMPT)
+        assert 0.2 < call.seconds < 0.3 + 1
+    manager.pull_cache(KEY, cache)
+    assert np.array_equal(content(cache), pattern(1, 0, 8))
+
+
+def test_a_removed_key_can_not_be_pulled(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    process.run("end.engine.kv_cache_manager.remove_cache_key(key)", key=KEY)
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 8]))
+    refused(decoder.kv_cache_manager.pull_cache, KEY, cache, code=NOT_EXIST)
+
+
+def test_a_cache_that_goes_out_of_scope_answers_until_its_key_is_released(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    process.run(
+        "import gc; del end.kv_caches[:]; gc.collect(); end.engine.kv_cache_manager.remove_cache_key(other)",
+        other=CacheKey(1, 99),
+    )
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 8]))
+    decoder.kv_cache_manager.pull_cache(KEY, cache)
+    assert np.array_equal(content(cache), pattern(1, 0, 8))
+    refused(decoder.kv_cache_manager.pull_cache, KEY, cache, code=NOT_EXIST)
+
+
+# --- roles and arguments
+
+
+@pytest.mark.parametrize("role", [LLMRole.DECODER, LLMRole.MIX])
+def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
+    manager = solo(role)
+    refused(manager.allocate_cache, desc([1, 8]), [KEY])
+    refused(manager.remove_cache_key, KEY)
+    refused(manager.remove_cache_key, "the role is looked at first")
+    assert manager.allocate_cache(desc([1, 8])).per_device_tensor_addrs
+
+
+@pytest.mark.parametrize("role", [LLMRole.PROMPT, LLMRole.MIX])
+def test_only_a_decoder_pulls(solo, role):
+    manager = solo(role)
+    refused(manager.pull_cache, KEY, manager.allocate_cache(desc([1, 8])))
+    refused(manager.pull_cache, "the role is looked at first", None)
+
+
+def test_a_role_may_be_switched_by_the_engine(solo):
+    manager = solo(LLMRole.DECODER)
+    manager._switch_role(LLMRole.PROMPT)
+    manager.allocate_cache(desc([1, 8]), [KEY])
+    manager.remove_cache_key(KEY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((3, 3), TypeError),
+        ((desc([1, 8], tensors=0), 3), TypeError),
+        ((desc([1, 8], tensors=0), [BlocksCacheKey(1)]), TypeError),
+        ((desc([1, 8], tensors=0, placement=Placement.HOST),), LLMException),
+        ((desc([1, 8], placement=Placement.HOST),), LLMException),
+        ((desc([0, 8]),), LLMException),
+        ((desc([1, 8]), [KEY, CacheKey(1, 2)]), LLMException),
+    ],
+)
+def test_allocate_refuses(solo, arguments, error):
+    refused(solo(LLMRole.PROMPT).allocate_cache, *arguments, error=error)
+
+
+PULLS = [
+    ((BlocksCacheKey(1), "cache"), {}, TypeError, None),
+    ((KEY, 3), {}, TypeError, None),
+    ((KEY, "host", -1, "1"), {}, LLMException, PARAM_INVALID),
+    ((KEY, "cache", -1, "1"), {}, TypeError, None),
+    ((KEY, "cache", -1, 0), {}, ValueError, None),
+    ((KEY, "cache", 1.0), {}, TypeError, None),
+    ((KEY, "cache", 0, 0), {}, LLMException, PARAM_INVALID),
+    ((KEY, "cache", 0, -2), {}, LLMException, PARAM_INVALID),
+    ((CacheKey(1, U64MAX), "cache"), {}, LLMException, PARAM_INVALID),
+    ((CacheKey(1, 1, prefix_id=1), "cache"), {}, LLMException, PARAM_INVALID),
+    ((KEY, "cache"), {"tensor_num_per_layer": 0}, LLMException, PARAM_INVALID),
+    ((KEY, "cache"), {"tensor_num_per_layer": -1}, ValueError, None),
+    ((KEY, "cache"), {"tensor_num_per_layer": "2"}, TypeError, None),
+    ((KEY, "cache"), {"src_layer_range": [0]}, TypeError, None),
+    ((KEY, "cache", 1), {}, LLMException, PARAM_INVALID),
+    ((KEY, "cache", 0, 9), {}, LLMException, PARAM_INVALID),
+    ((KEY, "cache"), {}, LLMException, NOT_YET_LINK),
+    ((CacheKey(DECODER, 1), "cache"), {}, LLMException, PARAM_INVALID),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kwargs", "error", "code"), PULLS)
+def test_pull_refuses_before_a_byte_moves(solo, arguments, kwargs, error, code):
+    manager = solo(LLMRole.DECODER)
+    cache = manager.allocate_cache(desc([1, 8]))
+    fill(cache, 50)
+    host = KvCache.create_cpu_cache(desc([1, 8], placement=Placement.HOST), [1])
+    named = {"cache": cache, "host": host}
+    given = [named.get(each, each) if isinstance(each, str) and each in named else each for each in arguments]
+    refused(manager.pull_cache, *given, error=error, code=code, **kwargs)
+    assert np.array_equal(content(cache), pattern(50, 0, 8))
+
+
+def test_check_cache_key():
+    KvCacheManager.check_cache_key(KEY)
+    for bad in (CacheKey(1, U64MAX), CacheKey(1, 1, prefix_id=1)):
+        refused(KvCacheManager.check_cache_key, bad)
+
+
+# --- memory
+
+
+def test_the_budget_is_what_the_options_say(solo):
+    manager = solo(LLMRole.PROMPT, budget=BUDGET, mem_utilization=0.5)
+    caches = [manager.allocate_cache(desc([1, 1 << 16])) for _ in range(8)]
+    failure = refused(manager.allocate_cache, desc([1]), code=LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY)
+    assert failure.operation == "allocate_cache" and failure.hint
+    manager.deallocate_cache(caches.pop())
+    assert manager.allocate_cache(desc([1])).cache_id
+
+
+def test_the_default_budget_is_there():
+    engine = LLMDataDist(LLMRole.PROMPT, 1)
+    engine.init({"ge.exec.deviceId": "0"})
+    manager = engine.kv_cache_manager
+    cache = manager.allocate_cache(desc([1, 64 << 20]))
+    assert len(cache.per_device_tensor_addrs) == 1
+    engine.finalize()
+    assert not manager.is_initialized()
+
+
+def test_a_deallocated_cache_is_empty_and_unknown(solo):
+    manager = solo(LLMRole.PROMPT)
+    cache = manager.allocate_cache(desc([1, 8], 3))
+    assert repr(cache) == "KvCache(cache_id = 1, num_devices = 1)"
+    assert len(cache.per_device_tensor_addrs[0]) == 3
+    manager.deallocate_cache(cache)
+    assert cache.per_device_tensor_addrs == []
+    refused(manager.deallocate_cache, cache, code=NOT_EXIST)
+    refused(manager.deallocate_cache, 3, error=TypeError)
+    refused(manager.deallocate_cache, KvCache.create_cpu_cache(desc([1], placement=Placement.HOST), [1]))
+
+
+def test_a_cache_that_goes_out_of_scope_is_freed_by_the_next_call(solo):
+    manager = solo(LLMRole.PROMPT)
+    whole = desc([1, 15 << 16])
+    for _ in range(10):
+        cache = manager.allocate_cache(whole)
+        del cache
+        gc.collect()
+        assert len(manager._released) == 1  # only queued: __del__ may run anywhere
+    manager.remove_cache_key(KEY)
+    assert not manager._released
+
+
+def test_a_cache_may_go_out_of_scope_on_any_thread(solo):
+    manager = solo(LLMRole.PROMPT)
+    whole = desc([1, 15 << 16])
+    for _ in range(5):
+        box = [manager.allocate_cache(whole)]
+        thread = threading.Thread(target=box.clear)
+        thread.start()
+        thread.join()
+    assert manager.allocate_cache(whole).cache_id == 6
+
+
+def test_a_deallocated_cache_is_not_freed_again_when_it_goes_out_of_scope(solo):
+    manager = solo(LLMRole.PROMPT)
+    cache = manager.allocate_cache(desc([1, 8]))
+    manager.deallocate_cache(cache)
+    del cache
+    gc.collect()
+    assert not manager._released
+
+
+def test_a_cache_may_outlive_its_engine():
+    engine = opened(LLMRole.PROMPT)
+    manager = engine.kv_cache_manager
+    cache = manager.allocate_cache(desc([1, 8]))
+    engine.finalize()
+    refused(manager.deallocate_cache, cache)
+    del cache
+    gc.collect()
+    assert not manager._released
+    refused(manager.allocate_cache, desc([1, 8]), code=LLMStatusCode.LLM_FAILED)
+
+
+def test_several_listen_addresses_are_aliases_of_the_first():
+    engine = LLMDataDist(LLMRole.PROMPT, 1)
+    engine.init({"ge.exec.deviceId": "0;1", "llm.listenIpInfo": f"{ADDRESS};127.0.0.1:1"})
+    assert engine.listen_address.startswith("127.0.0.1:")
+    engine.finalize()
