@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package capi is the place for every line of C and cgo that talks to somebody else's native library: one folder a library, each a
+// transport or a device that pyext/backend may put into an engine. This version uses none: host memory and sockets need no library.
+package capi
