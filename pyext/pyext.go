@@ -199,18 +199,13 @@ const (
 
 // PullStart starts pull_cache or pull_blocks. params has the words above; src and dst are block ids.
 func PullStart(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) int64 {
-	call := pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount)
-	return start(number, handle, waitMillis, backend.Timeout(handle), func(ctx context.Context, e *engine.Engine) (string, error) {
-		return "", e.Pull(ctx, call)
-	})
+	return backend.StartPull(number, handle, millis(waitMillis), pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount))
 }
 
 // PullNothing is PullStart without the transfer: what is left is the price of the boundary, for benchmarks.
 func PullNothing(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) int64 {
 	call := pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount)
-	return start(number, handle, waitMillis, backend.Timeout(handle), func(_ context.Context, e *engine.Engine) (string, error) {
-		return "", e.CheckPull(call)
-	})
+	return with(handle, func(e *engine.Engine) (int64, error) { return 0, e.CheckPull(call) })
 }
 
 func pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) *engine.PullCall {

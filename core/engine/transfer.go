@@ -5,8 +5,10 @@ package engine
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/cache"
+	"github.com/llm-datadist-open/llm-datadist/core/link"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
@@ -24,32 +26,89 @@ type PullCall struct {
 }
 
 // Pull copies a peer's cache into a local one. Its deadline is that of ctx; the caller sets it from llm.SyncKvCacheWaitTime.
-// The checks are those of spec §8.5.2, in that order. When it has returned, nothing of it writes into the destination.
+// The checks are those of spec §8.5.2. When it has returned, nothing of it writes into the destination.
 func (e *Engine) Pull(ctx context.Context, call *PullCall) error {
+	deadline, _ := ctx.Deadline()
+	p, err := e.BeginPull(deadline, call)
+	if err != nil {
+		return err
+	}
+	return p.Finish(ctx)
+}
+
+// Pulling is a pull that has passed its checks. Finish is called exactly once.
+type Pulling struct {
+	call      *PullCall
+	use       *cache.Use
+	link      *link.Link
+	request   transport.Request
+	operation transport.Operation // nil where the transport does all of it in Finish
+}
+
+// BeginPull makes the checks of a pull and sends its request, where the transport can do so without waiting.
+func (e *Engine) BeginPull(deadline time.Time, call *PullCall) (*Pulling, error) {
 	use, err := e.destination(call)
 	if err != nil {
+		return nil, err
+	}
+	p := &Pulling{call: call, use: use}
+	if err := p.begin(e, deadline); err != nil {
+		use.Release()
+		return nil, err
+	}
+	return p, nil
+}
+
+func (p *Pulling) begin(e *Engine, deadline time.Time) (err error) {
+	if p.link, err = e.linkTo(p.call.Cluster); err != nil {
+		return status.From(err, status.StageResolve).At(p.call.Cluster, "")
+	}
+	if _, err := p.use.Backing(); err != nil {
 		return err
 	}
-	defer use.Release()
-	l, err := e.linkTo(call.Cluster)
-	if err != nil {
-		return status.From(err, status.StageResolve).At(call.Cluster, "")
+	p.request = transport.Request{Key: p.call.Key, Plan: p.call.Plan, Local: p.use.Entry().Shape}
+	beginner, ok := p.link.Session().(transport.Beginner)
+	if !ok {
+		return nil
 	}
-	if _, err := use.Backing(); err != nil {
-		return err
+	p.operation, err = beginner.Begin(deadline, &p.request, p.local())
+	return p.explained(err)
+}
+
+func (p *Pulling) local() transport.Local { return transport.Local{Addrs: p.use.Entry().Addrs} }
+
+// Done is closed when nothing of the pull writes into the destination any more; nil where only Finish tells.
+func (p *Pulling) Done() <-chan struct{} {
+	if p.operation == nil {
+		return nil
 	}
-	entry := use.Entry()
-	request := transport.Request{Key: call.Key, Plan: call.Plan, Local: entry.Shape}
-	if err := l.Session().Pull(ctx, &request, transport.Local{Addrs: entry.Addrs}); err != nil {
-		if status.CodeOf(err) == status.NotYetLink {
-			// The session has ended since the look-up. The link is to be dead when this call returns: a link_clusters that comes next
-			// must not find it alive.
-			l.Fail(errors.Unwrap(err))
-			err = l.Cause()
-		}
-		return status.From(err, status.StageTransfer).At(call.Cluster, l.Peer().Address)
+	return p.operation.Done()
+}
+
+// Quick says, after Done, that Finish does not wait for the peer.
+func (p *Pulling) Quick() bool { return p.operation.Quick() }
+
+// Finish waits for the rest of the pull, which ends when ctx ends, and returns its result.
+func (p *Pulling) Finish(ctx context.Context) error {
+	defer p.use.Release()
+	if p.operation != nil {
+		return p.explained(p.operation.Finish(ctx))
 	}
-	return nil
+	return p.explained(p.link.Session().Pull(ctx, &p.request, p.local()))
+}
+
+// explained adds who the peer is; nil stays nil.
+func (p *Pulling) explained(err error) error {
+	if err == nil {
+		return nil
+	}
+	if status.CodeOf(err) == status.NotYetLink {
+		// The session has ended since the look-up. The link is to be dead when this call returns: a link_clusters that comes next
+		// must not find it alive.
+		p.link.Fail(errors.Unwrap(err))
+		err = p.link.Cause()
+	}
+	return status.From(err, status.StageTransfer).At(p.call.Cluster, p.link.Peer().Address)
 }
 
 // CheckPull makes the local checks of a pull and moves nothing.

@@ -9,6 +9,7 @@ package transport
 
 import (
 	"context"
+	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
@@ -55,6 +56,24 @@ type Session interface {
 	Close(cause error)
 	// Idle returns a channel that is closed as soon as no operation, own or served, is under way; at once if there is none.
 	Idle() <-chan struct{}
+}
+
+// Beginner is a session that can begin a pull on one goroutine and finish it on another, so that a caller who may not wait long begins
+// it where it stands.
+type Beginner interface {
+	// Begin starts what Pull does, with a deadline (zero: none) that the owner is told. req and local are the operation's until it is
+	// finished. Errors are those of Pull.
+	Begin(deadline time.Time, req *Request, local Local) (Operation, error)
+}
+
+// Operation is a pull under way. Finish is called exactly once.
+type Operation interface {
+	// Done is closed when the bytes have arrived, or it has failed: nothing writes into local memory any more.
+	Done() <-chan struct{}
+	// Quick says, after Done, that Finish does not wait for the peer.
+	Quick() bool
+	// Finish waits for the rest of the operation, which ends when ctx ends, and returns as Pull does.
+	Finish(ctx context.Context) error
 }
 
 // Owner is the serving side's lookup into the owner's table.

@@ -47,10 +47,11 @@ var state = struct {
 
 // operation is a long call that is under way.
 type operation struct {
-	cancel context.CancelCauseFunc
-	done   chan struct{}
-	text   string
-	err    error
+	cancel    context.CancelCauseFunc
+	cancelled bool // nobody takes its result; guarded by state.mu
+	done      chan struct{}
+	text      string
+	err       error
 }
 
 // errCancelled is the cause of an operation that Python has cancelled.
@@ -136,7 +137,7 @@ func Start(number int64, wait, timeout time.Duration, run func(ctx context.Conte
 	state.operations[number] = op
 	state.mu.Unlock()
 	go func() {
-		defer close(op.done)
+		defer finish(number, op)
 		defer cancel(nil)
 		defer stop()
 		defer func() {
@@ -147,6 +148,44 @@ func Start(number int64, wait, timeout time.Duration, run func(ctx context.Conte
 		op.text, op.err = run(ctx)
 	}()
 	return Wait(number, wait)
+}
+
+// StartPull starts a pull as Start does. Most pulls end within the first wait: they are waited for on the calling thread itself, since
+// handing them to another one and back costs as much as a small transfer.
+func StartPull(number, handle int64, wait time.Duration, call *engine.PullCall) (result int64) {
+	defer func() {
+		if r := recover(); r != nil {
+			result = Fail(number, Panicked(r))
+		}
+	}()
+	e, err := Engine(handle)
+	if err != nil {
+		return Fail(number, err)
+	}
+	deadline := time.Now().Add(Timeout(handle))
+	p, err := e.BeginPull(deadline, call)
+	if err != nil {
+		return Fail(number, err)
+	}
+	if done := p.Done(); done != nil && closed(done, min(wait, time.Until(deadline))) && p.Quick() {
+		if err := p.Finish(context.Background()); err != nil {
+			return Fail(number, err)
+		}
+		return 0
+	}
+	const past = 1 // a deadline that has passed is one still
+	return Start(number, 0, max(past, time.Until(deadline)), func(ctx context.Context) (string, error) { return "", p.Finish(ctx) })
+}
+
+// finish says that an operation has ended. Where it was cancelled it is forgotten, since whoever cancelled it may have been interrupted
+// in waiting for that.
+func finish(number int64, op *operation) {
+	state.mu.Lock()
+	defer state.mu.Unlock()
+	if op.cancelled {
+		delete(state.operations, number)
+	}
+	close(op.done)
 }
 
 // Panicked turns a panic into an error, so that none crosses the boundary.
@@ -163,7 +202,7 @@ func Wait(number int64, wait time.Duration) int64 {
 	if op == nil {
 		return Fail(number, status.New(status.ParamInvalid, status.StageCheck, "there is no such operation"))
 	}
-	if !ended(op, wait) {
+	if !closed(op.done, wait) {
 		return 1
 	}
 	state.mu.Lock()
@@ -178,11 +217,18 @@ func Wait(number int64, wait time.Duration) int64 {
 	return 0
 }
 
-func ended(op *operation, wait time.Duration) bool {
+// closed waits until done is closed, for at most wait. What is closed already is seen, however short the wait: finish leaves that to
+// Cancel.
+func closed(done <-chan struct{}, wait time.Duration) bool {
+	select {
+	case <-done:
+		return true
+	default:
+	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	select {
-	case <-op.done:
+	case <-done:
 		return true
 	case <-timer.C:
 		return false
@@ -194,10 +240,13 @@ func ended(op *operation, wait time.Duration) bool {
 func Cancel(number int64, wait time.Duration) int64 {
 	state.mu.Lock()
 	op := state.operations[number]
+	if op != nil {
+		op.cancelled = true
+	}
 	state.mu.Unlock()
 	if op != nil {
 		op.cancel(errCancelled)
-		if !ended(op, wait) {
+		if !closed(op.done, wait) {
 			return 1
 		}
 	}

@@ -23,6 +23,8 @@ import (
 type Conn struct {
 	fd      int
 	path    string
+	local   bool
+	ports   int // of both ends, added
 	poller  *poller
 	ended   atomic.Bool
 	endOnce sync.Once
@@ -40,7 +42,7 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("take over a data connection: %w", err)
 	}
-	made := &Conn{fd: fd}
+	made := &Conn{fd: fd, local: isLocalPath(local, remote), ports: portOf(local) + portOf(remote)}
 	if made.poller, err = sharedPoller(); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("start the poller of idle connections: %w", err)
@@ -50,7 +52,7 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 		_ = unix.Close(fd)
 		return nil, err
 	}
-	algorithm, err := tune(fd, isLocalPath(local, remote))
+	algorithm, err := tune(fd, made.local)
 	if err != nil {
 		_ = made.Close()
 		return nil, fmt.Errorf("tune a data connection: %w", err)
@@ -117,6 +119,16 @@ func isLocalPath(local, remote net.Addr) bool {
 	r, rok := remote.(*net.TCPAddr)
 	return lok && rok && (r.IP.IsLoopback() || l.IP.Equal(r.IP))
 }
+
+func portOf(addr net.Addr) int {
+	if tcp, ok := addr.(*net.TCPAddr); ok {
+		return tcp.Port
+	}
+	return 0
+}
+
+// LocalPath says whether both ends are on this host, and returns a number that both know alike.
+func (c *Conn) LocalPath() (int, bool) { return c.ports, c.local }
 
 // Receive implements transport.Conn.
 func (c *Conn) Receive(spans []mem.Span) (int, error) {

@@ -169,7 +169,7 @@ func FuzzSession(f *testing.F) {
 		conn := &script{left: b, tear: rand.New(rand.NewPCG(seed, 1))}
 		s, err := NewSession(Config{Conns: []transport.Conn{hold(conn)}, Owner: o, Broken: func(err error) { broken <- err }, Spin: -1})
 		require.NoError(t, err)
-		p, err := s.start(context.Background(), rows(1, dst), transport.Local{Addrs: []uintptr{memory.Addr() + 4096}}, 0)
+		p, err := s.start(time.Time{}, rows(1, dst), transport.Local{Addrs: []uintptr{memory.Addr() + 4096}}, 0)
 		require.NoError(t, err)
 		s.cfg.Conns[0].(*held).letGo()
 		<-broken

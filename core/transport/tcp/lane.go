@@ -20,6 +20,7 @@ type lane struct {
 	session *Session
 	index   int
 	conn    transport.Conn
+	seat    seat
 	fixed   *mem.Buffer // headers, trailers and small bodies; the offsets are below
 	wake    chan struct{}
 
@@ -57,12 +58,12 @@ type workspace struct {
 // spaces recycles workspaces over all lanes of the process.
 var spaces = sync.Pool{New: func() any { return &workspace{spans: make([]mem.Span, 0, mem.MaxSpans)} }}
 
-func newLane(s *Session, index int, conn transport.Conn) (*lane, error) {
+func newLane(s *Session, index int, conn transport.Conn, seat seat) (*lane, error) {
 	fixed, err := newBuffer(fixedBytes)
 	if err != nil {
 		return nil, err
 	}
-	return &lane{session: s, index: index, conn: conn, fixed: fixed, wake: make(chan struct{}, 1)}, nil
+	return &lane{session: s, index: index, conn: conn, seat: seat, fixed: fixed, wake: make(chan struct{}, 1)}, nil
 }
 
 // release frees what the lane owns. Its goroutines have ended.
@@ -91,6 +92,8 @@ type receiving struct {
 
 func (l *lane) receiveLoop() {
 	defer l.session.workers.Done()
+	l.seat.take()
+	defer l.seat.leave()
 	for {
 		if err := l.receiveFrame(); err != nil {
 			l.dropSpace()
@@ -145,7 +148,9 @@ func (l *lane) await(into mem.Span) (int, error) {
 	for rounds := 0; ; rounds++ {
 		if rounds >= idleRounds {
 			l.dropSpace()
+			l.seat.leave() // a parked connection has no thread
 			l.conn.Park()
+			l.seat.take()
 		}
 		if n, err := l.conn.Receive(spans[:]); n > 0 || err != nil {
 			return n, err

@@ -79,25 +79,56 @@ func (p *pull) endLocked(err error) {
 
 // Pull copies what req names into local. See transport.Session.
 func (s *Session) Pull(ctx context.Context, req *transport.Request, local transport.Local) error {
-	p, err := s.start(ctx, req, local, 0)
+	if ctx.Err() != nil {
+		return contextError(ctx)
+	}
+	deadline, _ := ctx.Deadline()
+	p, err := s.start(deadline, req, local, 0)
 	if err != nil {
 		return err
 	}
-	defer s.forget(p)
-	if err := s.wait(ctx, p); err != nil {
+	return underway{s, p}.Finish(ctx)
+}
+
+// Begin implements transport.Beginner.
+func (s *Session) Begin(deadline time.Time, req *transport.Request, local transport.Local) (transport.Operation, error) {
+	p, err := s.start(deadline, req, local, 0)
+	if err != nil {
+		return nil, err
+	}
+	return underway{s, p}, nil
+}
+
+// underway is a pull that was begun and not yet finished.
+type underway struct {
+	session *Session
+	pull    *pull
+}
+
+// Done implements transport.Operation.
+func (u underway) Done() <-chan struct{} { return u.pull.left }
+
+// Quick implements transport.Operation.
+func (u underway) Quick() bool {
+	u.pull.mu.Lock()
+	defer u.pull.mu.Unlock()
+	return u.pull.err != nil || !u.pull.entry.consumes
+}
+
+// Finish implements transport.Operation.
+func (u underway) Finish(ctx context.Context) error {
+	defer u.session.forget(u.pull)
+	if err := u.session.wait(ctx, u.pull); err != nil {
 		return err
 	}
-	if p.entry.consumes {
-		return s.confirm(ctx, p)
+	if u.pull.entry.consumes {
+		return u.session.confirm(ctx, u.pull)
 	}
 	return nil
 }
 
 // start registers the operation and sends its request.
-func (s *Session) start(ctx context.Context, req *transport.Request, local transport.Local, flags uint8) (*pull, error) {
-	if ctx.Err() != nil {
-		return nil, contextError(ctx)
-	}
+func (s *Session) start(deadline time.Time, req *transport.Request, local transport.Local, flags uint8) (*pull, error) {
 	if len(local.Addrs) != int(req.Local.Tensors) {
 		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "%d addresses for %d tensors", len(local.Addrs), req.Local.Tensors)
 	}
@@ -110,7 +141,7 @@ func (s *Session) start(ctx context.Context, req *transport.Request, local trans
 	p := &pull{id: id, lane: s.lanes[id%uint64(len(s.lanes))], req: req, resolve: flags&flagResolve != 0,
 		stream: newStream(false), done: make(chan struct{}), left: make(chan struct{}), acked: make(chan status.Code, 1)}
 	p.stream.addrs = append(p.stream.addrs[:0], local.Addrs...)
-	h := header{kind: kindRequest, flags: flags, length: uint32(length), operation: id, a: requestMillis(ctx)}
+	h := header{kind: kindRequest, flags: flags, length: uint32(length), operation: id, a: requestMillis(deadline)}
 	f, body, err := s.newFrame(h)
 	if err != nil {
 		return nil, err
@@ -131,9 +162,8 @@ func (s *Session) start(ctx context.Context, req *transport.Request, local trans
 // noDeadline is what the owner is told where the caller has none: an hour.
 const noDeadline = time.Hour
 
-func requestMillis(ctx context.Context) uint64 {
-	deadline, ok := ctx.Deadline()
-	if !ok {
+func requestMillis(deadline time.Time) uint64 {
+	if deadline.IsZero() {
 		return deadlineMillis(noDeadline)
 	}
 	return deadlineMillis(time.Until(deadline))

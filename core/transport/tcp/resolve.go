@@ -13,8 +13,12 @@ var _ transport.Control = (*Session)(nil)
 // Resolve implements transport.Control: the owner answers with an ENTRY alone. Where the pull consumes its key the owner keeps the
 // lease until DONE or CANCEL, and the operation stays on our table until then.
 func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
+	if ctx.Err() != nil {
+		return transport.Resolved{}, contextError(ctx)
+	}
+	deadline, _ := ctx.Deadline()
 	// Nothing is placed, so no address is looked at.
-	p, err := s.start(ctx, req, transport.Local{Addrs: make([]uintptr, req.Local.Tensors)}, flagResolve)
+	p, err := s.start(deadline, req, transport.Local{Addrs: make([]uintptr, req.Local.Tensors)}, flagResolve)
 	if err != nil {
 		return transport.Resolved{}, err
 	}

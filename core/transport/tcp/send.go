@@ -113,9 +113,11 @@ func (l *lane) sendLoop() {
 		case <-l.session.closing:
 			return
 		}
+		l.seat.take()
 		l.sendMu.Lock()
 		err := l.pump(true)
 		l.sendMu.Unlock()
+		l.seat.leave()
 		if err != nil {
 			l.session.broke(err)
 			return

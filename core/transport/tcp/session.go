@@ -68,8 +68,9 @@ func NewSession(cfg Config) (*Session, error) {
 		return nil, status.New(status.ParamInvalid, status.StageCheck, "a session without a data connection")
 	}
 	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}}
+	seats := seatsFor(cfg.Conns)
 	for i, conn := range cfg.Conns {
-		l, err := newLane(s, i, conn)
+		l, err := newLane(s, i, conn, seats[i])
 		if err != nil {
 			for _, made := range s.lanes {
 				made.release()
