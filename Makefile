@@ -72,7 +72,7 @@ lint: $(LINTERS)/borders $(VENV_STAMP) ## formatting, vet, staticcheck, borders,
 	go vet ./...
 	$(LINTERS)/staticcheck ./...
 	$(LINTERS)/borders .
-	$(BIN)/ruff check --quiet python tests setup.py
+	$(BIN)/ruff check --quiet python tests benchmarks setup.py
 	$(BIN)/mypy
 
 gotest: | system ## Go tests with the race detector
@@ -100,7 +100,7 @@ fuzz: | system ## each Go fuzz target for FUZZTIME
 	@for package in $$(go list ./core/... ./pyext/...); do \
 		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz' || true); do \
 			echo "$$package $$target"; \
-			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$package; \
 		done; \
 	done
 

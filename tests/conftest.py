@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from llm_datadist import LLMDataDist, _native
 from peers import wait_until
 

@@ -266,6 +266,7 @@ def storm(end: End, strikes: int, rounds: int, raised: type[BaseException]) -> d
     idle = _native.held()
     rng = random.Random(1)
     left = [0]  # strikes of this round
+    lost = 0
     struck = []
 
     def strike(_: int, frame: Any) -> None:
@@ -276,15 +277,28 @@ def storm(end: End, strikes: int, rounds: int, raised: type[BaseException]) -> d
             struck.append(1)
             raise raised("storm")
 
+    def calls() -> None:
+        """A call that succeeds, one that fails, and one that leaves a text."""
+        pull_one_block(end)
+        with contextlib.suppress(LLMException):
+            end.manager.pull_cache(CacheKey(PEER_ID, req_id=99), end.caches["small"])
+        end.engine.link_clusters([cluster(end.engine.listen_address, PEER_ID + 100)], 1000)
+
+    millis = _native.WAIT_MILLIS
     with handling(signal.SIGALRM, strike):
-        for _ in range(rounds):
+        for number in range(rounds):
+            _native.WAIT_MILLIS = number % 2 * millis  # with 0 an operation runs on when its start has returned
             left[0] = strikes
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 4e-4), 1e-4)
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-3), 1e-4)
             with contextlib.suppress(raised):
-                for _ in range(4):
-                    pull_one_block(end)
+                calls()
+            left[0] = 0
+            lost += strikes == 1 and _native.held() != idle
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return {"interrupted": len(struck), "held": _native.held() - idle}
+    _native.WAIT_MILLIS = millis
+    if strikes > 1:  # the wait itself may be cut off: they end soon after
+        wait_until(lambda: _native.held() == idle, "all have ended", SOON)
+    return {"interrupted": len(struck), "lost": lost}
 
 
 def interrupts_while_letting_go(end: End, peer_pid: int, times: int) -> dict[str, Any]:

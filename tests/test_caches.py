@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+
 from llm_datadist import (
     BlocksCacheKey,
     Cache,

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
 from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, wait_until
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+
 from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.utils import log
 from llm_datadist.v2.cache_manager import CacheManager

@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from llm_datadist import CacheKey, CacheKeyByIdAndIndex, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.utils import log
 from peers import ADDRESS, Background, End, Peer, cluster, desc, pattern, wait_until

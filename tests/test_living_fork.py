@@ -64,7 +64,8 @@ def test_a_child_needs_no_lock_that_a_thread_of_the_parent_held(host: Any) -> No
 def test_a_child_that_is_forked_in_the_middle_of_the_load_is_told_so() -> None:
     with Peer() as host:
         got, code = inside(host, living_host.fork_during_load)
-    assert (got["code"], code) == ("LLM_FAILED", 0) if isinstance(got, dict) else got
+    assert isinstance(got, dict), got
+    assert (got["code"], code) == ("LLM_FAILED", 0)
 
 
 @pytest.mark.parametrize("by_exit", [False, True], ids=["returns", "exits"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,15 +78,21 @@ def test_ctrl_c_ends_a_pull_from_a_stopped_peer(owner: Any, host: Any, midway: b
     ("strikes", "raised"),
     [
         (1, living_host.Interrupted),
-        (5, living_host.Interrupted),
+        pytest.param(
+            5,
+            living_host.Interrupted,
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 10), reason="looks for signals between any two instructions, the first of an except too"
+            ),
+        ),
         (1, living_host.LLMException),  # a handler that calls the engine itself may well raise one
     ],
     ids=["once a round", "again and again", "an exception of ours"],
 )
 def test_a_storm_of_interrupts_loses_no_operation(host: Any, strikes: int, raised: type[BaseException]) -> None:
-    got = inside(host, living_host.storm, strikes, 1500, raised)
+    got = inside(host, living_host.storm, strikes, 500, raised)
     assert got["interrupted"] > 100, "the storm has hit nothing"
-    assert got["held"] == 0
+    assert got["lost"] == 0
 
 
 def test_letting_go_goes_on_through_further_interrupts(owner: Any, host: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llm_datadist import Cache, CacheKey, LLMException, LLMStatusCode, Placement
 from peers import End, desc, pattern
 

@@ -232,10 +232,8 @@ def call(operation: str, start: Callable[..., int], *args: Any, leaves_text: boo
     text, failed = "", None
     try:
         result = start(number, *args)
-        while result == _RUNNING:
-            if _forked:  # by a signal's handler, which has returned here in the child
-                raise _dead_in_child()
-            result = native.pyext_Wait(number, WAIT_MILLIS)
+        if result == _RUNNING:
+            result = _wait(native, number)
         if result < 0:
             failed = failure(operation, -result)
         elif leaves_text:
@@ -252,36 +250,44 @@ def call(operation: str, start: Callable[..., int], *args: Any, leaves_text: boo
     return text
 
 
+# A loop is in a function of its own where a try is to cover it: an interrupt that is seen at the jump back to the loop's
+# start is, from Python 3.13 on, raised outside every try of the same function.
+
+
+def _wait(native: Any, number: int) -> int:
+    """Wait until an operation has ended and return its result."""
+    result = _RUNNING
+    while result == _RUNNING:
+        if _forked:  # by a signal's handler, which has returned here in the child
+            raise _dead_in_child()
+        result = native.pyext_Wait(number, WAIT_MILLIS)
+    return result
+
+
 def _let_go(number: int) -> None:
     """Cancel an operation and wait until it touches nothing any more, through further interrupts."""
-    native = _extension
     while True:
         try:
-            while not _forked and native.pyext_Cancel(number, WAIT_MILLIS) == _RUNNING:
-                pass
-            return
+            return _cancel(_extension, number)
         except BaseException:  # a second Ctrl-C: the first one is on its way up already
             continue
 
 
+def _cancel(native: Any, number: int) -> None:
+    while not _forked and native.pyext_Cancel(number, WAIT_MILLIS) == _RUNNING:
+        pass
+
+
 def _close(native: Any, handle: int) -> None:
-    """Close an engine and wait for it, whatever interrupts: the first interrupt is raised when it is through."""
+    """Close an engine. Whatever interrupts is raised when the engine is gone."""
     number = next(_numbers)
-    interrupt: BaseException | None = None
-    result = _RUNNING
-    started = False
-    while result == _RUNNING:
-        try:
-            if started:
-                result = native.pyext_Wait(number, WAIT_MILLIS)
-            else:
-                started = True
-                result = native.pyext_EngineClose(number, handle, WAIT_MILLIS)
-        except BaseException as exc:
-            interrupt = interrupt or exc
-    if interrupt is not None:
-        native.pyext_Cancel(number, WAIT_MILLIS)  # a result that nobody took
-        raise interrupt
+    try:
+        result = native.pyext_EngineClose(number, handle, WAIT_MILLIS)
+        if result == _RUNNING:
+            result = _wait(native, number)
+    except BaseException:
+        _let_go(number)  # closing can't be cancelled, only waited for
+        raise
     if result < 0:
         log.error("%s", failure("finalize", -result))
 

@@ -318,9 +318,8 @@ class KvCache:
 
     def __del__(self) -> None:
         # May run on any thread, inside any other call and during shutdown: it only hands over the id.
-        manager = self._kv_cache_manager
-        if self._valid and manager is not None and manager.is_initialized():
-            manager._release_later(self._cache_id)
+        if self._valid and self._kv_cache_manager is not None and self._kv_cache_manager.is_initialized():
+            self._kv_cache_manager._release_later(self._cache_id)
 
 
 def _check_host(cache_desc: CacheDesc) -> None:
