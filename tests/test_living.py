@@ -118,7 +118,10 @@ def test_lines_reach_the_log_while_no_call_is_under_way() -> None:
 OPEN = """
 import atexit, os, sys, threading
 # Registered before the import, so it runs after the package's own handler.
-atexit.register(lambda: (print(LLMDataDist.llm_engine_instance, _native.held(), flush=True)))
+@atexit.register
+def report():
+    wait_until(lambda: _native.held() == 0, "a daemon thread has taken its failure", 10)
+    print(LLMDataDist.llm_engine_instance, _native.held(), flush=True)
 from llm_datadist import LLMDataDist, _native
 import living_host
 from peers import End, wait_until

@@ -106,7 +106,6 @@ func (p *Pulling) explained(err error) error {
 		// The session has ended since the look-up. The link is to be dead when this call returns: a link_clusters that comes next
 		// must not find it alive.
 		p.link.Fail(errors.Unwrap(err))
-		err = p.link.Cause()
 	}
 	return status.From(err, status.StageTransfer).At(p.call.Cluster, p.link.Peer().Address)
 }

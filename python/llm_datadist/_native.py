@@ -181,6 +181,12 @@ def forked() -> bool:
     return _forked
 
 
+def refuse_in_child() -> None:
+    """Raise LLMException in a forked child of a process that had an engine."""
+    if _forked:
+        raise _dead_in_child()
+
+
 def _after_fork_in_child() -> None:
     """Mark every engine dead and close the engine's descriptors, so that peers of a dead parent see it die.
 

@@ -130,6 +130,9 @@ func portOf(addr net.Addr) int {
 // LocalPath says whether both ends are on this host, and returns a number that both know alike.
 func (c *Conn) LocalPath() (int, bool) { return c.ports, c.local }
 
+// Bound limits what is sent ahead of the receiver. A system that does not allow it costs only speed.
+func (c *Conn) Bound(bytes int) { _ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bytes) }
+
 // Receive implements transport.Conn.
 func (c *Conn) Receive(spans []mem.Span) (int, error) {
 	n, err := mem.ReceiveSpans(c.fd, spans, 0)

@@ -59,6 +59,7 @@ class LLMDataDist:
         Raises LLMException: LLM_FAILED where the process has another engine or the listen address can't be bound,
         LLM_OUT_OF_MEMORY where a pool can't be had, LLM_PARAM_INVALID for options.
         """
+        _native.refuse_in_child()
         if self._is_initialized:
             return
         other = LLMDataDist.llm_engine_instance
