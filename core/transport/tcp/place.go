@@ -34,9 +34,8 @@ const aheadBytes = 512 << 10
 
 // seatsFor returns the seat of each connection. Both ends come to the same cores by themselves, whatever order they have the connections
 // in; they can only where they may use all cores.
-func seatsFor(conns []transport.Conn) []seat {
+func seatsFor(conns []transport.Conn, cores int) []seat {
 	seats := make([]seat, len(conns))
-	cores := runtime.NumCPU()
 	var home unix.CPUSet
 	if cores >= 2*len(conns) || unix.SchedGetaffinity(0, &home) != nil {
 		return seats

@@ -16,6 +16,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -68,7 +69,7 @@ func NewSession(cfg Config) (*Session, error) {
 		return nil, status.New(status.ParamInvalid, status.StageCheck, "a session without a data connection")
 	}
 	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}}
-	seats := seatsFor(cfg.Conns)
+	seats := seatsFor(cfg.Conns, runtime.NumCPU())
 	for i, conn := range cfg.Conns {
 		l, err := newLane(s, i, conn, seats[i])
 		if err != nil {
