@@ -30,7 +30,7 @@ type localConn interface {
 
 // aheadBytes is what a sender puts into a core's cache before its receiver takes it out, about: the kernel counts its own overhead too,
 // and what the receiver is let in for comes on top. A level-2 cache of 1 to 2 MiB holds it.
-const aheadBytes = 512 << 10
+const aheadBytes = 1 << 20
 
 // seatsFor returns the seat of each connection. Both ends come to the same cores by themselves, whatever order they have the connections
 // in; they can only where they may use all cores.
