@@ -329,7 +329,7 @@ func (way *route) recycle() {
 func (d *Direct) read(ctx context.Context, way *route, src, dst []uintptr) error {
 	for next, done := 0, uint64(0); next < len(way.segments); {
 		if ctx.Err() != nil {
-			return ended(ctx)
+			return Ended(ctx)
 		}
 		way.moves = way.moves[:0]
 		for left := d.cfg.BatchBytes; left > 0 && next < len(way.segments) && len(way.moves) < maxBatchMoves; {
@@ -356,7 +356,7 @@ func readFailed(ctx context.Context, err error) error {
 	var known *status.Error
 	switch {
 	case ctx.Err() != nil:
-		return ended(ctx)
+		return Ended(ctx)
 	case errors.As(err, &known):
 		return err
 	case errors.Is(err, unix.EFAULT):
@@ -366,8 +366,8 @@ func readFailed(ctx context.Context, err error) error {
 	return status.Newf(status.Failed, status.StageTransfer, "peer died or unlinked: %w", err)
 }
 
-// ended says what a context's end means for a transfer: the end of the session, a deadline, or a cancel.
-func ended(ctx context.Context) error {
+// Ended says what a context's end means for a transfer: the end of the session, a deadline, or a cancel.
+func Ended(ctx context.Context) error {
 	var known *status.Error
 	switch cause := context.Cause(ctx); {
 	case errors.As(cause, &known):

@@ -176,11 +176,6 @@ def _dead_in_child() -> LLMException:
     )
 
 
-def forked() -> bool:
-    """Tell whether this process is a forked child of one that had an engine: then nothing may call it."""
-    return _forked
-
-
 def refuse_in_child() -> None:
     """Raise LLMException in a forked child of a process that had an engine."""
     if _forked:

@@ -4,7 +4,6 @@ package tcp
 
 import (
 	"context"
-	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -80,7 +79,7 @@ func (p *pull) endLocked(err error) {
 // Pull copies what req names into local. See transport.Session.
 func (s *Session) Pull(ctx context.Context, req *transport.Request, local transport.Local) error {
 	if ctx.Err() != nil {
-		return contextError(ctx)
+		return transport.Ended(ctx)
 	}
 	deadline, _ := ctx.Deadline()
 	p, err := s.start(deadline, req, local, 0)
@@ -174,7 +173,7 @@ func (s *Session) wait(ctx context.Context, p *pull) error {
 	select {
 	case <-p.done:
 	case <-ctx.Done():
-		p.end(contextError(ctx))
+		p.end(transport.Ended(ctx))
 	}
 	<-p.left
 	p.mu.Lock()
@@ -184,14 +183,6 @@ func (s *Session) wait(ctx context.Context, p *pull) error {
 		s.tell(p.lane, header{kind: kindCancel, operation: p.id})
 	}
 	return err
-}
-
-func contextError(ctx context.Context) error {
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return status.New(status.Timeout, status.StageTransfer, "the deadline has passed").
-			Hinting("the link stays usable; raise llm.SyncKvCacheWaitTime or look at the peer")
-	}
-	return status.Newf(status.Failed, status.StageTransfer, "the call was cancelled: %w", context.Cause(ctx))
 }
 
 // confirm tells the owner that every byte has arrived, which releases the key, and waits for its answer. Once DONE is under way the

@@ -14,7 +14,7 @@ var _ transport.Control = (*Session)(nil)
 // lease until DONE or CANCEL, and the operation stays on our table until then.
 func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
 	if ctx.Err() != nil {
-		return transport.Resolved{}, contextError(ctx)
+		return transport.Resolved{}, transport.Ended(ctx)
 	}
 	deadline, _ := ctx.Deadline()
 	// Nothing is placed, so no address is looked at.
