@@ -96,6 +96,9 @@ type Key struct {
 	Prefix    bool
 }
 
+// namesBlocks says whether the key is one that a directory shows.
+func (k Key) namesBlocks() bool { return k.ID == NoID && !k.Prefix }
+
 // String names the key as its caller did.
 func (k Key) String() string {
 	switch {
@@ -124,6 +127,8 @@ type Entry struct {
 	keys        map[Key]*binding // guarded by Table.mu: keys in the index that lead here
 	normalAt    map[uint64]Key   // guarded by Table.mu: batch index -> the normal key bound there; owned entries only
 	deallocated bool             // guarded by Table.mu: the owner let go, keys keep the entry
+	slot        int32            // guarded by Table.mu: where the entry is published; -1: nowhere
+	shown       Key              // guarded by Table.mu: the blocks key that is published with it; the zero Key: none
 	probe       sync.Mutex       // guards backing, and makes concurrent first uses look the memory up once
 	backing     mem.Backing      // what a successful look-up found
 }

@@ -2,36 +2,42 @@
 
 package cache
 
-import (
-	"github.com/llm-datadist-open/llm-datadist/core/directory"
-	"github.com/llm-datadist-open/llm-datadist/core/plan"
-)
+import "github.com/llm-datadist-open/llm-datadist/core/directory"
 
-// Directory shows the table to direct readers in the same process.
+// Directory shows the table to direct readers in the same process, whose addresses the entries' are.
 func (t *Table) Directory() directory.Reader { return published{t} }
 
 type published struct{ table *Table }
 
 // Lookup implements directory.Reader.
-func (p published) Lookup(generation uint64) (plan.Shape, []uintptr, bool) {
+func (p published) Lookup(generation uint64) (directory.Located, bool) {
 	p.table.mu.Lock()
 	defer p.table.mu.Unlock()
 	e := p.table.intact(generation)
 	if e == nil {
-		return plan.Shape{}, nil, false
+		return directory.Located{}, false
 	}
-	return e.Shape, e.Addrs, true
+	return directory.Located{Ref: directory.Ref{Generation: generation}, Shape: e.Shape, Addrs: e.Addrs, Space: directory.Mapped}, true
 }
 
 // Live implements directory.Reader.
-func (p published) Live(generation uint64) bool {
+func (p published) Live(ref directory.Ref) bool {
 	p.table.mu.Lock()
 	defer p.table.mu.Unlock()
-	return p.table.intact(generation) != nil
+	return p.table.intact(ref.Generation) != nil
 }
 
 // Named implements directory.Reader.
-func (p published) Named(generation uint64) bool { return p.table.Live(generation) }
+func (p published) Named(ref directory.Ref, name directory.Name) bool {
+	p.table.mu.Lock()
+	defer p.table.mu.Unlock()
+	e := p.table.generations[ref.Generation]
+	if e == nil || !name.ByKey {
+		return e != nil
+	}
+	b := p.table.keys[Key{ID: NoID, Model: name.Model}]
+	return b != nil && b.entry == e
+}
 
 // intact returns the entry of a generation whose memory is still its own: it can be found, or it was withdrawn and somebody holds it
 // whom a withdrawal does not end. Nobody can begin to hold a withdrawn entry, so who holds it now has held it all the time.

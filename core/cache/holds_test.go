@@ -206,8 +206,8 @@ func TestCloseLeavesTheMemoryToWhoHoldsIt(t *testing.T) {
 	require.False(t, table.Live(busy.Generation))
 }
 
-// watched is a device that calls back before it discards.
-type watched struct{ discard func() }
+// watched is a device that calls back before it discards and, where that is set, before it closes a reservation.
+type watched struct{ discard, closed func() }
 
 func (w *watched) Name() string               { return "watched" }
 func (w *watched) Copy([]mem.Move, int) error { return nil }
@@ -224,6 +224,13 @@ type watchedMemory struct {
 func (m *watchedMemory) Discard(offset, bytes uint64) error {
 	m.device.discard()
 	return m.Memory.Discard(offset, bytes)
+}
+
+func (m *watchedMemory) Close() error {
+	if m.device.closed != nil {
+		m.device.closed()
+	}
+	return m.Memory.Close()
 }
 
 func TestPagesAreUsedAgainOnlyAfterTheyWereGivenBack(t *testing.T) {

@@ -71,6 +71,8 @@ func (c PoolConfig) pages() uint64 { return c.Bytes >> c.PageShift }
 // pool hands out pages of one reservation. Its state is guarded by Table.mu; memory may be used without.
 type pool struct {
 	memory    mem.Memory
+	shared    *mem.HostMemory // memory, where peers on this host can map it; nil: they can't
+	number    uint32          // 1 + its place in Table.SharedPools; 0: it has none
 	pageShift uint
 	pages     uint64
 	used      uint64 // pages that are not in free
@@ -86,6 +88,7 @@ func newPool(device mem.Device, config PoolConfig) (*pool, error) {
 		return nil, status.From(err, status.StageCheck)
 	}
 	p := &pool{memory: memory, pageShift: config.PageShift, pages: config.pages()}
+	p.shared, _ = memory.(*mem.HostMemory)
 	p.free.give(extent{0, p.pages})
 	return p, nil
 }
@@ -115,6 +118,15 @@ func (p *pool) exhausted(tensors uint32, tensorBytes uint64) error {
 	return status.Newf(status.OutOfMemory, status.StageCheck, "no room for %d tensors of %d bytes: %d of %d bytes of the pool are free",
 		tensors, tensorBytes, (p.pages-p.used)<<p.pageShift, p.pages<<p.pageShift).
 		Hinting("free caches, or configure a larger pool; a tensor takes whole pages that lie side by side")
+}
+
+// offsets are addresses as a peer can use them that has mapped the pool.
+func (p *pool) offsets(addrs []uintptr) []uintptr {
+	offsets := make([]uintptr, len(addrs))
+	for i, addr := range addrs {
+		offsets[i] = addr - p.memory.Addr()
+	}
+	return offsets
 }
 
 // give makes pages available again.

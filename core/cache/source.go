@@ -150,6 +150,11 @@ func (s *Source) Drop() {
 func (t *Table) endLease(e *Entry) {
 	t.leases.Add(-1)
 	t.left(e, oneLease)
+	if e.holds.word.Load()&(withdrawn|leaseMask) == withdrawn { // it was the last one, whatever else holds the memory
+		t.mu.Lock()
+		t.conceal(e)
+		t.mu.Unlock()
+	}
 }
 
 // Use is a local operation's hold on a cache: the destination of a pull, or an end of a copy.
@@ -161,18 +166,29 @@ type Use struct {
 
 // Use holds a cache's memory until Release. An unknown id is status.CacheNotExist.
 func (t *Table) Use(id int64) (*Use, error) {
+	u := new(Use)
+	if err := t.Hold(id, u); err != nil {
+		return nil, err
+	}
+	return u, nil
+}
+
+// Hold is Use into a Use of the caller's, new or released.
+func (t *Table) Hold(id int64, u *Use) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.closed {
-		return nil, tableClosed()
+		return tableClosed()
 	}
 	e := t.live[id]
 	if e == nil {
-		return nil, status.Newf(status.CacheNotExist, status.StageCheck, "no cache has the id %d", id)
+		return status.Newf(status.CacheNotExist, status.StageCheck, "no cache has the id %d", id)
 	}
 	e.holds.add(oneBusy)
 	t.uses.Add(1)
-	return &Use{table: t, entry: e}, nil
+	u.table, u.entry = t, e
+	u.ended.Store(false)
+	return nil
 }
 
 // Entry returns the cache, which stays usable until Release.

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/llm-datadist-open/llm-datadist/core/directory"
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
@@ -17,15 +18,16 @@ import (
 // Table is the owner's table of caches: what peers and local calls can name. Its methods may be called from any goroutine. It has no
 // goroutine of its own: what a release has to clean up is done by the one who releases.
 type Table struct {
-	mu          sync.Mutex          // guards what follows, the pools' state, and the fields of Entry that say so; never held while waiting
-	lastID      int64               // the id drawn last
-	generation  uint64              // the generation drawn last
-	live        map[int64]*Entry    // entries that can be found, by id
-	generations map[uint64]*Entry   // the same, by generation
-	keys        map[Key]*binding    // the index; every binding leads to a live entry
-	retiring    map[*Entry]struct{} // withdrawn entries that are still held, or being given back
-	closed      bool                // Close was called
-	pools       [2]*pool            // by Placement, nil where none is configured; the array itself never changes
+	mu          sync.Mutex           // guards what follows, the pools' state, and the fields of Entry that say so; never held while waiting
+	lastID      int64                // the id drawn last
+	generation  uint64               // the generation drawn last
+	live        map[int64]*Entry     // entries that can be found, by id
+	generations map[uint64]*Entry    // the same, by generation
+	keys        map[Key]*binding     // the index; every binding leads to a live entry
+	retiring    map[*Entry]struct{}  // withdrawn entries that are still held, or being given back
+	closed      bool                 // Close was called
+	publisher   *directory.Publisher // what peers on this host read; nil: nothing, or Close was called
+	pools       [2]*pool             // by Placement, nil where none is configured; the array itself never changes
 
 	uses, leases atomic.Int64 // holds that have not ended, for Stats
 }
@@ -56,8 +58,32 @@ func NewTable(device mem.Device, devicePool, hostPool *PoolConfig) (*Table, erro
 			return nil, err
 		}
 		t.pools[placement] = p
+		if p.shared != nil {
+			p.number = uint32(len(t.SharedPools()))
+		}
 	}
 	return t, nil
+}
+
+// Announce has the table keep p true: what is registered and allocated from here on is published there while its memory is its own, and
+// withdrawn from there before its memory is given back, used again, or its owner's to do with what he likes. It is called at most once,
+// before anything else. p stays the caller's, who closes it after the table.
+func (t *Table) Announce(p *directory.Publisher) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.publisher = p
+}
+
+// SharedPools lists the memory of those pools that a peer on this host can map; the others' caches are not published. It stays the table's,
+// and goes with it. What is published of pool n is in n-1 of the list.
+func (t *Table) SharedPools() []*mem.HostMemory {
+	var shared []*mem.HostMemory
+	for _, p := range t.pools {
+		if p != nil && p.shared != nil {
+			shared = append(shared, p.shared)
+		}
+	}
+	return shared
 }
 
 // Register adds a cache in memory of the caller's, which is neither copied nor looked at. Key i names batch row i. A key that
@@ -100,6 +126,7 @@ func (t *Table) register(desc Desc, addrs []uintptr, keys []Key, accessible bool
 		}
 		t.bind(e, key, uint64(batch))
 	}
+	t.show(e)
 	return e, freed, nil
 }
 
@@ -133,6 +160,7 @@ func (t *Table) Allocate(desc Desc, keys []Key) (*Entry, error) {
 			t.bind(e, key, uint64(batch))
 		}
 	}
+	t.show(e)
 	return e, nil
 }
 
@@ -178,13 +206,47 @@ func (t *Table) draw(desc Desc) (*Entry, error) {
 		holds:      holds{idle: make(chan struct{})},
 		keys:       map[Key]*binding{},
 		normalAt:   map[uint64]Key{},
+		slot:       -1,
 	}, nil
 }
 
-// publish makes an entry visible. Called with mu held.
+// publish makes an entry one that can be found. Called with mu held.
 func (t *Table) publish(e *Entry) {
 	t.live[e.ID] = e
 	t.generations[e.Generation] = e
+}
+
+// show publishes an entry with the keys that it has, if there is room, and if a peer could reach it. Called with mu held.
+func (t *Table) show(e *Entry) {
+	if t.publisher == nil {
+		return
+	}
+	r := directory.Record{
+		ID: e.ID, Generation: e.Generation, Shape: e.Shape, Accessible: e.Accessible,
+		HasKey: e.shown.namesBlocks(), Model: e.shown.Model, Addrs: e.Addrs,
+	}
+	if e.Owned {
+		p := t.pools[e.Placement]
+		if p.shared == nil {
+			return
+		}
+		r.Pool, r.Addrs = p.number, p.offsets(e.Addrs)
+	}
+	e.slot = t.publisher.Publish(r)
+}
+
+// conceal takes a withdrawn entry out of the directory or, while a lease keeps its memory, its names. Calling it again is fine. Called
+// with mu held, and before the memory goes.
+func (t *Table) conceal(e *Entry) {
+	if t.publisher == nil || e.slot < 0 {
+		return
+	}
+	if word := e.holds.word.Load(); word&leaseMask != 0 && word&revoked == 0 {
+		t.publisher.Unname(e.slot, true, true)
+		return
+	}
+	t.publisher.Withdraw(e.slot)
+	e.slot = -1
 }
 
 // bind puts a key, which no other entry has, into the index. Called with mu held.
@@ -197,6 +259,9 @@ func (t *Table) bind(e *Entry, key Key, batch uint64) {
 	if e.Owned && !key.Prefix {
 		e.normalAt[batch] = key
 	}
+	if key.namesBlocks() && !e.shown.namesBlocks() {
+		e.shown = key // the first one, where there are more; for the others the owner is asked
+	}
 }
 
 // unbind takes a key out of the index, and its entry out of the table where that was all that kept it. Called with mu held; the
@@ -207,6 +272,12 @@ func (t *Table) unbind(key Key, b *binding) []*Entry {
 	delete(e.keys, key)
 	if e.normalAt[b.batch] == key {
 		delete(e.normalAt, b.batch)
+	}
+	if key.namesBlocks() && e.shown == key {
+		e.shown = Key{}
+		if t.publisher != nil {
+			t.publisher.Unname(e.slot, false, true)
+		}
 	}
 	if e.deallocated && len(e.keys) == 0 {
 		return t.withdraw(e, withdrawn)
@@ -226,6 +297,7 @@ func (t *Table) withdraw(e *Entry, marks uint64) []*Entry {
 	delete(t.generations, e.Generation)
 	t.retiring[e] = struct{}{}
 	before := e.holds.set(marks)
+	t.conceal(e)
 	if marks&revoked != 0 && before&busyMask == 0 {
 		close(e.holds.idle)
 	}
@@ -239,6 +311,7 @@ func (t *Table) withdraw(e *Entry, marks uint64) []*Entry {
 func (t *Table) finish(entries []*Entry) {
 	for _, e := range entries {
 		t.mu.Lock()
+		t.conceal(e) // a lease may have kept it until now
 		closed := t.closed
 		t.mu.Unlock()
 		// A closed table gives all memory back at once, at its end.
@@ -393,8 +466,9 @@ func (t *Table) Stats() Stats {
 	return s
 }
 
-// Close withdraws everything for good, without waiting. The pools' memory goes when the last hold has ended, which is now where there is
-// none. Other calls return status.ParamInvalid afterwards. Closing twice is fine.
+// Close withdraws everything for good, without waiting. What is published is marked dead first, and never written again. The pools' memory
+// goes when the last hold has ended, which is now where there is none. Other calls return status.ParamInvalid afterwards. Closing twice is
+// fine.
 func (t *Table) Close() error {
 	t.mu.Lock()
 	if t.closed {
@@ -402,6 +476,10 @@ func (t *Table) Close() error {
 		return nil
 	}
 	t.closed = true
+	if t.publisher != nil { // all generations end here, before any memory goes; there is nothing left to keep true
+		t.publisher.MarkDead()
+		t.publisher = nil
+	}
 	for e := range t.retiring { // what leases still keep
 		if before := e.holds.set(revoked); before&revoked == 0 && before&busyMask == 0 {
 			close(e.holds.idle)
