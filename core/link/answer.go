@@ -144,7 +144,7 @@ func (p *proof) check(theirs ready) (Witness, string) {
 	case err != nil:
 		return nil, err.Error()
 	default:
-		return witness, sameHostShown
+		return witness, shownBy(witness)
 	}
 }
 
@@ -154,4 +154,11 @@ func (p *proof) drop() {
 	}
 }
 
-const sameHostShown = "the Unix socket of the handshake was reached under the same uid, and the process is watched by its pidfd"
+// shownBy says in words what w shows, and what is missing.
+func shownBy(w Witness) string {
+	const shown = "the Unix socket of the handshake was reached under the same uid, and the process is watched by its pidfd"
+	if err := w.Withheld(); err != nil {
+		return shown + "; nothing was handed to the peer: " + printable(err.Error())
+	}
+	return shown
+}

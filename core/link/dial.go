@@ -178,11 +178,11 @@ func (a *attempt) prove() (Witness, string) {
 	}
 	ctx, cancel := context.WithTimeout(a.ctx, proofTimeout)
 	defer cancel()
-	witness, err := a.m.prover.Reach(ctx, Token(a.theirs.Token), a.nonce, a.m.fds)
+	witness, err := a.m.prover.Reach(ctx, Token(a.theirs.Token), a.nonce, a.m.fds, a.m.cfg.Gift)
 	if err != nil {
 		return nil, err.Error()
 	}
-	return witness, sameHostShown
+	return witness, shownBy(witness)
 }
 
 // dialData makes the data connections, all at once and all or none.

@@ -33,6 +33,58 @@ type host struct{ *fabric.Host }
 
 func (host) Prover() link.Prover { return nil }
 
+// proving is a link.Network whose hosts share a machine.
+type proving struct{ *fabric.Host }
+
+func (p proving) Prover() link.Prover { return prover(p) }
+
+// prover shows the proof of the fabric as the link knows one. The types differ by name alone.
+type prover struct{ *fabric.Host }
+
+func (p prover) Open(token link.Token, fds link.Descriptors, gift func() (link.Gift, error)) (link.Door, error) {
+	d, err := p.OpenDoor(token, fabric.Descriptors(fds), fabricGift(gift))
+	if err != nil {
+		return nil, err
+	}
+	return door{d}, nil
+}
+
+func (p prover) Reach(ctx context.Context, token link.Token, nonce link.Nonce, fds link.Descriptors,
+	gift func() (link.Gift, error)) (link.Witness, error) {
+	w, err := p.ReachDoor(ctx, token, nonce, fabric.Descriptors(fds), fabricGift(gift))
+	if err != nil {
+		return nil, err
+	}
+	return witness{w}, nil
+}
+
+func fabricGift(gift func() (link.Gift, error)) func() (fabric.Gift, error) {
+	if gift == nil {
+		return nil
+	}
+	return func() (fabric.Gift, error) {
+		g, err := gift()
+		return fabric.Gift(g), err
+	}
+}
+
+type door struct{ *fabric.Door }
+
+func (d door) Expect(nonce link.Nonce) func() (link.Witness, error) {
+	claim := d.Door.Expect(nonce)
+	return func() (link.Witness, error) {
+		w, err := claim()
+		if err != nil {
+			return nil, err
+		}
+		return witness{w}, nil
+	}
+}
+
+type witness struct{ *fabric.Witness }
+
+func (w witness) Take() link.Gift { return link.Gift(w.Witness.Take()) }
+
 // closeOnly is a session that does nothing but to own its connections.
 type closeOnly struct {
 	conns []transport.Conn
@@ -59,13 +111,17 @@ func (s *closeOnly) Close(error) {
 	}
 }
 
-func manager(t *testing.T, h *fabric.Host, id uint64) (*link.Manager, string) {
-	m, err := link.NewManager(link.Config{
+func manager(t *testing.T, h *fabric.Host, id uint64, change ...func(*link.Config)) (*link.Manager, string) {
+	cfg := link.Config{
 		Network: host{h}, ClusterID: id, Offers: []string{"tcp"}, DataConnections: 2, PeerDead: peerDead,
-		Attach: func(_ link.Peer, conns []transport.Conn) (transport.Session, error) {
-			return &closeOnly{conns: conns}, nil
+		Attach: func(_ link.Peer, conns []transport.Conn) (link.Attached, error) {
+			return link.Attached{Session: &closeOnly{conns: conns}}, nil
 		},
-	})
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	m, err := link.NewManager(cfg)
 	require.NoError(t, err)
 	address, err := m.Listen(net.JoinHostPort(h.IP(), "0"))
 	require.NoError(t, err)
@@ -263,5 +319,44 @@ func TestSilentStrangerIsClosedAtTheDeadline(t *testing.T) {
 		require.NoError(t, stranger.Close())
 		require.NoError(t, a.Close())
 		require.Zero(t, network.Stats().Open)
+	})
+}
+
+func TestProofOfASharedHostOverTheFabric(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		network := fabric.New(1)
+		network.SetFaults(fabric.Faults{Latency: 10 * time.Millisecond})
+		got := make(chan string, 2)
+		prove := func(h *fabric.Host) func(*link.Config) {
+			return func(c *link.Config) {
+				c.Network = proving{h}
+				c.Gift = func() (link.Gift, error) { return link.Gift{Bytes: []byte("of " + h.Name())}, nil }
+				c.Attach = func(p link.Peer, conns []transport.Conn) (link.Attached, error) {
+					got <- string(p.Witness.Take().Bytes)
+					return link.Attached{Session: &closeOnly{conns: conns}}, nil
+				}
+			}
+		}
+		ha, hb := network.Host("a"), network.Host("b")
+		a, _ := manager(t, ha, 1, prove(ha))
+		b, atB := manager(t, hb, 2, prove(hb))
+		require.NoError(t, dial(a, atB, time.Second))
+		require.Equal(t, "of a", <-got)
+		require.Equal(t, "of b", <-got)
+		la, err := a.Link(2)
+		require.NoError(t, err)
+		require.True(t, la.Peer().SameHost)
+
+		// On one host silence is not death.
+		hb.Pause()
+		time.Sleep(10 * peerDead) // virtual time: far beyond what a peer on another host may be silent
+		require.NoError(t, la.Cause())
+		hb.Resume()
+		hb.Kill()
+		<-la.Dead()
+		require.NoError(t, a.Close())
+		_ = b.Close() // its listener has died with its host
+		require.Zero(t, network.Stats().Open)
+		require.Zero(t, network.Stats().Proofs)
 	})
 }

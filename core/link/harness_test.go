@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -75,8 +76,15 @@ type fakeSession struct {
 	closed chan error
 	tasks  sync.WaitGroup
 
+	explain func() []string // or nil
+
 	mu   sync.Mutex
 	idle chan struct{}
+}
+
+// attach makes a fake session.
+func attach(p Peer, conns []transport.Conn) (Attached, error) {
+	return Attached{Session: newFakeSession(p, conns), Transport: "tcp"}, nil
 }
 
 func newFakeSession(p Peer, conns []transport.Conn) *fakeSession {
@@ -108,6 +116,13 @@ func (s *fakeSession) Close(cause error) {
 		_ = c.Close()
 	}
 	s.closed <- cause
+}
+
+func (s *fakeSession) Explain() []string {
+	if s.explain == nil {
+		return nil
+	}
+	return s.explain()
 }
 
 func (s *fakeSession) Idle() <-chan struct{} {
@@ -147,20 +162,18 @@ type node struct {
 	address string
 	net     *testNet
 	t       *testing.T
+	table   table
 
-	mu      sync.Mutex
-	events  []Event
-	tracked map[int]bool
-	odd     []string // descriptors that were tracked twice, or untracked and never tracked
+	mu     sync.Mutex
+	events []Event
 }
 
 func newNode(t *testing.T, id uint64, change ...func(*Config)) *node {
-	n := &node{t: t, tracked: map[int]bool{}}
+	n := &node{t: t}
 	n.net = &testNet{TCP: TCP{NewData: func(c net.Conn) (transport.Conn, error) { return &testConn{c}, nil }}, prover: UnixProver{}}
 	cfg := Config{
 		Network: n.net, ClusterID: id, Offers: []string{"tcp"}, DataConnections: 2, PeerDead: 10 * time.Second,
-		Track: n.track, Untrack: n.untrack, Event: n.event,
-		Attach: func(p Peer, conns []transport.Conn) (transport.Session, error) { return newFakeSession(p, conns), nil },
+		Track: n.table.track, Untrack: n.table.untrack, Event: n.event, Attach: attach,
 	}
 	for _, f := range change {
 		f(&cfg)
@@ -177,28 +190,58 @@ func newNode(t *testing.T, id uint64, change ...func(*Config)) *node {
 // stop closes the manager and checks the table of descriptors.
 func (n *node) stop() {
 	require.NoError(n.t, n.Close())
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	require.Empty(n.t, n.tracked, "descriptors are left in the table")
-	require.Empty(n.t, n.odd)
+	require.Empty(n.t, n.table.listed(), "descriptors are left in the table")
+	n.table.requireSound(n.t)
 }
 
-func (n *node) track(fd int) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.tracked[fd] {
-		n.odd = append(n.odd, fmt.Sprintf("%d tracked twice", fd))
-	}
-	n.tracked[fd] = true
+// table is a table of descriptors that looks for mistakes.
+type table struct {
+	mu     sync.Mutex
+	fds    map[int]bool
+	tracks int      // calls of track
+	odd    []string // descriptors that were tracked twice, or untracked and never tracked
 }
 
-func (n *node) untrack(fd int) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if !n.tracked[fd] {
-		n.odd = append(n.odd, fmt.Sprintf("%d untracked", fd))
+func (t *table) descriptors() Descriptors { return Descriptors{Track: t.track, Untrack: t.untrack} }
+
+func (t *table) track(fd int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fds[fd] {
+		t.odd = append(t.odd, fmt.Sprintf("%d tracked twice", fd))
 	}
-	delete(n.tracked, fd)
+	if t.fds == nil {
+		t.fds = map[int]bool{}
+	}
+	t.fds[fd] = true
+	t.tracks++
+}
+
+func (t *table) untrack(fd int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.fds[fd] {
+		t.odd = append(t.odd, fmt.Sprintf("%d untracked", fd))
+	}
+	delete(t.fds, fd)
+}
+
+func (t *table) listed() map[int]bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.fds)
+}
+
+func (t *table) tracked() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.tracks
+}
+
+func (t *table) requireSound(tb testing.TB) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	require.Empty(tb, t.odd)
 }
 
 func (n *node) event(e Event) {
@@ -322,14 +365,23 @@ func runChild(what string) {
 	case "engine":
 		runChildEngine(2)
 	case "door":
-		if _, err := (UnixProver{}).Open(tokenOf(arg), Descriptors{}); err != nil {
+		if _, err := (UnixProver{}).Open(tokenOf(arg), Descriptors{}, giving("from the child")); err != nil {
 			fmt.Println(err)
 			return
 		}
 		fmt.Println("open")
 	case "reach":
-		_, err := (UnixProver{}).Reach(context.Background(), tokenOf(arg), Nonce{1}, Descriptors{})
+		_, err := (UnixProver{}).Reach(context.Background(), tokenOf(arg), Nonce{1}, Descriptors{}, nil)
 		fmt.Println(err)
+	case "pid":
+		w, err := (UnixProver{}).Reach(context.Background(), tokenOf(arg), Nonce{1}, Descriptors{}, nil)
+		if err != nil {
+			fmt.Println(err)
+			break
+		}
+		fmt.Println("pid", w.Pid())
+	case "intrude":
+		fmt.Println(intrude(tokenOf(arg), Nonce{1}))
 	}
 	_, _ = io.Copy(io.Discard, os.Stdin) // until the parent closes it
 }
@@ -338,7 +390,7 @@ func runChildEngine(id uint64) {
 	m, err := NewManager(Config{
 		Network:   &TCP{NewData: func(c net.Conn) (transport.Conn, error) { return &testConn{c}, nil }},
 		ClusterID: id, Offers: []string{"tcp"}, DataConnections: 2,
-		Attach: func(p Peer, conns []transport.Conn) (transport.Session, error) { return newFakeSession(p, conns), nil },
+		Attach: attach, Gift: giving("from the child", "what the child shares"),
 	})
 	if err == nil {
 		var address string

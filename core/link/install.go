@@ -5,6 +5,7 @@ package link
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/status"
@@ -15,12 +16,15 @@ import (
 func (a *attempt) install(data []*conn, witness Witness, reason string) (*Link, error) {
 	m := a.m
 	l := &Link{
-		manager: m, number: a.number, control: a.control, witness: witness, dead: make(chan struct{}), gone: make(chan struct{}),
+		manager: m, number: a.number, control: a.control, dead: make(chan struct{}), gone: make(chan struct{}),
 		peer: Peer{ClusterID: a.theirs.ClusterID, Incarnation: a.peer, Address: a.address, Dialed: a.dialed,
-			SameHost: witness != nil, SameHostReason: reason, Transports: a.usable},
+			SameHost: witness != nil, SameHostReason: reason, Witness: witness, Transports: a.usable},
 		rejected: a.rejected,
 	}
 	l.peer.link = l
+	if witness != nil && witness.Withheld() != nil {
+		m.eventOf(Warning, l.peer.ClusterID, "nothing was handed to a peer on the same host", witness.Withheld())
+	}
 	l.pings.every = pace(m.cfg.PeerDead, time.Duration(min(a.theirs.PeerDeadMillis, uint64(maxPatience.Milliseconds())))*time.Millisecond)
 	l.pings.limit = m.cfg.PeerDead
 	err := a.attach(l, data)
@@ -44,7 +48,7 @@ func (a *attempt) attach(l *Link, data []*conn) error {
 		l.paths = append(l.paths, c.Path())
 	}
 	a.m.makeRoom(l.peer.ClusterID)
-	session, err := a.m.cfg.Attach(l.peer, conns)
+	attached, err := a.m.cfg.Attach(l.peer, conns)
 	if err != nil {
 		code := status.LinkFailed
 		if known := new(status.Error); errors.As(err, &known) {
@@ -52,7 +56,8 @@ func (a *attempt) attach(l *Link, data []*conn) error {
 		}
 		return status.Newf(code, status.StageHandshake, "make the session: %w", err)
 	}
-	l.session = session
+	l.session, l.transport = attached.Session, attached.Transport
+	l.rejected = slices.Concat(l.rejected, attached.Rejected)
 	return nil
 }
 
@@ -149,7 +154,7 @@ func (l *Link) discard(cause error) {
 	if l.session != nil {
 		l.session.Close(l.cause)
 	}
-	if l.witness != nil {
-		l.witness.Close()
+	if l.peer.Witness != nil {
+		l.peer.Witness.Close()
 	}
 }

@@ -48,14 +48,26 @@ type Descriptors struct {
 	Track, Untrack func(fd int)
 }
 
+// Gift is what an engine hands to a peer that has shown that it shares the host and the uid: at most 1 KiB and 8 descriptors. What
+// they mean is the transport's; the link looks at neither.
+type Gift struct {
+	Bytes []byte
+	FDs   []int
+}
+
 // Prover shows that two engines share a host (design: "Same host"), never by comparing names or addresses. The end that dialed a link
 // reaches for the token in the hello of the other end; the other end learns of it by the nonce of the connection.
+//
+// With the proof both ends exchange gifts. gift, nil where there is none, is called once for each proof, when the other end is known to
+// be trusted (by a door: and expected). It makes descriptors for that proof alone: they are the Prover's, which closes them as soon as
+// they are sent, or when they can't be. Where it fails the proof goes on without a gift, and the witness says so.
 type Prover interface {
 	// Open starts answering for token, until the door is closed.
-	Open(token Token, fds Descriptors) (Door, error)
+	Open(token Token, fds Descriptors, gift func() (Gift, error)) (Door, error)
 	// Reach shows nonce at the door of token and returns the witness of the engine behind it. It fails when there is no such door on
-	// this host, when the door does not expect nonce, or when whoever is behind it is not trusted. It ends when ctx ends.
-	Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors) (Witness, error)
+	// this host, when the door does not expect nonce, when whoever is behind it is not trusted, or when a gift does not arrive whole.
+	// It ends when ctx ends.
+	Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors, gift func() (Gift, error)) (Witness, error)
 }
 
 // Door answers those who reach for its token.
@@ -67,11 +79,19 @@ type Door interface {
 	Close() error
 }
 
-// Witness watches over the peer of a link on the same host.
+// Witness watches over the peer of a link on the same host, and keeps what the peer handed over. Its methods may be called from many
+// goroutines.
 type Witness interface {
 	// Dead is closed when the peer's process is gone, or has let go of its end.
 	Dead() <-chan struct{}
-	// Close lets go; Dead is not closed by it, or may be: nobody looks any more.
+	// Take returns what the peer handed over. The first call passes the ownership of the descriptors, which are then no longer in the
+	// table of Descriptors; later calls, and those after Close, return nothing.
+	Take() Gift
+	// Pid returns the number of the peer's process in our pid namespace, 0 where it has none there.
+	Pid() int
+	// Withheld says why our own gift was not handed to the peer; nil where it was, or where there was none.
+	Withheld() error
+	// Close lets go, and closes the descriptors that nobody took. Dead is not closed by it, or may be: nobody looks any more.
 	Close()
 }
 
@@ -98,7 +118,9 @@ type Event struct {
 type Config struct {
 	Network   Network
 	ClusterID uint64
-	OneSided  bool // access mode; both ends of a link must have the same
+	// Incarnation names this life of the engine; zero: NewManager draws one.
+	Incarnation Incarnation
+	OneSided    bool // access mode; both ends of a link must have the same
 	// Offers are the transports that this engine can use, best first; Required is the only one it accepts, "" for any.
 	Offers   []string
 	Required string
@@ -108,15 +130,28 @@ type Config struct {
 	PeerDead time.Duration
 	// Track and Untrack keep the table of descriptors that a forked child has to close; nil where nobody keeps one.
 	Track, Untrack func(fd int)
+	// Gift makes what is handed to a peer on the same host; nil: nothing is. It is called for each proof of a shared host, from many
+	// goroutines, and each time makes descriptors anew, read-only where the peer is not to write: the link closes them when they have
+	// been sent. Where it fails, the link is made all the same, and Explain shows why nothing was handed over.
+	Gift func() (Gift, error)
 	// Attach makes the session of a link that is about to be installed. It takes conns over, also where it returns an error. The
-	// session reports a broken data connection with p.Fail, which it may do before Attach has returned.
-	Attach func(p Peer, conns []transport.Conn) (transport.Session, error)
+	// session reports a broken data connection with p.Fail, which it may do before Attach has returned. When it fails there is no
+	// link, and the call that dialed gets the reason: the acceptor attaches first and refuses where it can't; where the dialer can't,
+	// the acceptor's link dies.
+	Attach func(p Peer, conns []transport.Conn) (Attached, error)
 	// Event takes lines for the log. It must not block and must not call the Manager. nil: nobody listens.
 	Event func(Event)
 }
 
 // MaxDataConnections bounds the data connections of one link (design: 1 to 16).
 const MaxDataConnections = 16
+
+// Attached is what Attach made.
+type Attached struct {
+	Session   transport.Session // a [transport.Explainer] adds its lines to Explain, also after it was closed
+	Transport string            // its name, for Explain
+	Rejected  []string          // each better transport, with the reason why it is not used: "shm: the shared host was not shown: ..."
+}
 
 // Peer describes the other end of a link.
 type Peer struct {
@@ -126,6 +161,7 @@ type Peer struct {
 	Dialed         bool     // this end dialed
 	SameHost       bool     // shown, see Prover
 	SameHostReason string   // why it was not shown, or how it was
+	Witness        Witness  // what shows it, for Take and Pid; the link closes it. nil where it was not shown, and for a link to oneself
 	Transports     []string // what both ends can use, best first; one that is required is the only one
 
 	link *Link
@@ -154,12 +190,12 @@ type Link struct {
 	number  uint64 // among the links of this pair of incarnations
 	serial  uint64 // among the links that this manager installed; 0 before
 
-	control  *conn
-	session  transport.Session
-	witness  Witness
-	paths    []string // of the data connections, for Explain
-	rejected []string // transports, each with the reason, for Explain
-	pings    pings
+	control   *conn
+	session   transport.Session
+	transport string   // what the session moves bytes by, for Explain
+	rejected  []string // transports, each with the reason, for Explain
+	paths     []string // of the data connections, for Explain
+	pings     pings
 
 	dead chan struct{} // closed by kill, under manager.mu, when cause is set
 	gone chan struct{} // closed when nothing of the link is left

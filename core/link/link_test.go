@@ -361,22 +361,27 @@ func TestSessionThatCanNotBeMade(t *testing.T) {
 	for _, end := range []string{"dialer", "acceptor"} {
 		t.Run(end, func(t *testing.T) {
 			check(t)
-			var fail func(*Config) = func(c *Config) {
-				c.Attach = func(_ Peer, conns []transport.Conn) (transport.Session, error) {
+			fail := func(c *Config) {
+				c.Gift = giving("a gift that nobody takes", "1", "2")
+				c.Attach = func(_ Peer, conns []transport.Conn) (Attached, error) {
 					for _, c := range conns {
 						_ = c.Close()
 					}
-					return nil, errors.New("no memory for it")
+					return Attached{}, status.New(status.LinkFailed, status.StageHandshake, "shm is required: no memory for it")
 				}
 			}
-			nothing := func(*Config) {}
+			nothing := func(c *Config) { c.Gift = giving("another one", "3") }
 			changes := map[string][2]func(*Config){"dialer": {fail, nothing}, "acceptor": {nothing, fail}}[end]
 			a, b := newNode(t, 1, changes[0]), newNode(t, 2, changes[1])
 			_, err := a.dialTo(b.address)
-			require.ErrorContains(t, err, "no memory for it")
+			require.ErrorContains(t, err, "shm is required: no memory for it")
 			require.ErrorIs(t, err, status.LinkFailed)
+			require.Contains(t, a.Explain(2), "shm is required: no memory for it")
 			require.Zero(t, a.LiveLinks())
-			require.Eventually(t, func() bool { return b.LiveLinks() == 0 }, patient, time.Millisecond)
+			known := map[string]string{"dialer": "dead (peer died", "acceptor": "shm is required: no memory for it"}[end]
+			require.Eventually(t, func() bool {
+				return b.LiveLinks() == 0 && strings.Contains(b.Explain(1), known)
+			}, patient, time.Millisecond)
 		})
 	}
 }

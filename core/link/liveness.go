@@ -73,10 +73,10 @@ func (l *Link) listen() error {
 
 // watch returns when the link is dead.
 func (l *Link) watch() {
-	if l.witness != nil {
+	if witness := l.peer.Witness; witness != nil {
 		select {
 		case <-l.dead:
-		case <-l.witness.Dead():
+		case <-witness.Dead():
 			l.Fail(errors.New("its process is gone"))
 		}
 		return
@@ -141,8 +141,8 @@ func (l *Link) bury(reader <-chan struct{}) {
 		<-reader
 	}
 	l.session.Close(l.cause)
-	if l.witness != nil {
-		l.witness.Close()
+	if l.peer.Witness != nil {
+		l.peer.Witness.Close()
 	}
 	close(l.gone)
 	level := Warning

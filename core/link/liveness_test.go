@@ -95,14 +95,14 @@ func TestPace(t *testing.T) {
 func TestProofOfASharedHost(t *testing.T) {
 	check(t)
 	token, nonce := tokenOf("positive"), Nonce{1}
-	door, err := UnixProver{}.Open(token, Descriptors{})
+	door, err := UnixProver{}.Open(token, Descriptors{}, nil)
 	require.NoError(t, err)
 	ctx, cancel := context.WithTimeout(context.Background(), patient)
 	defer cancel()
-	_, err = UnixProver{}.Reach(ctx, token, nonce, Descriptors{})
+	_, err = UnixProver{}.Reach(ctx, token, nonce, Descriptors{}, nil)
 	require.Error(t, err, "nobody is expected")
 	claim := door.Expect(nonce)
-	ours, err := UnixProver{}.Reach(ctx, token, nonce, Descriptors{})
+	ours, err := UnixProver{}.Reach(ctx, token, nonce, Descriptors{}, nil)
 	require.NoError(t, err)
 	theirs, err := claim()
 	require.NoError(t, err)
@@ -121,7 +121,7 @@ func TestProofOfASharedHost(t *testing.T) {
 		require.Fail(t, "the other end let go")
 	}
 	theirs.Close()
-	_, err = UnixProver{}.Reach(ctx, token, nonce, Descriptors{})
+	_, err = UnixProver{}.Reach(ctx, token, nonce, Descriptors{}, nil)
 	require.Error(t, err, "nobody answers")
 }
 
@@ -132,7 +132,7 @@ func TestNoProofAcrossNetworkNamespaces(t *testing.T) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	})
 	require.Equal(t, "open", c.address)
-	_, err := UnixProver{}.Reach(context.Background(), tokenOf("elsewhere"), Nonce{1}, Descriptors{})
+	_, err := UnixProver{}.Reach(context.Background(), tokenOf("elsewhere"), Nonce{1}, Descriptors{}, nil)
 	require.ErrorContains(t, err, "reach the Unix socket")
 }
 
@@ -144,10 +144,10 @@ func TestNoProofAcrossUsers(t *testing.T) {
 	}
 	c := spawn(t, "door:other user", asOther)
 	require.Equal(t, "open", c.address)
-	_, err := UnixProver{}.Reach(context.Background(), tokenOf("other user"), Nonce{1}, Descriptors{})
+	_, err := UnixProver{}.Reach(context.Background(), tokenOf("other user"), Nonce{1}, Descriptors{}, neverAsked(t))
 	require.ErrorContains(t, err, "runs under uid 12345")
 
-	door, err := UnixProver{}.Open(tokenOf("our door"), Descriptors{})
+	door, err := UnixProver{}.Open(tokenOf("our door"), Descriptors{}, neverAsked(t))
 	require.NoError(t, err)
 	claim := door.Expect(Nonce{1})
 	c = spawn(t, "reach:our door", asOther)

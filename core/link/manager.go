@@ -106,7 +106,9 @@ func NewManager(cfg Config) (*Manager, error) {
 		records: map[uint64]*record{},
 		pending: map[Nonce]*pending{},
 	}
-	rand.Read(m.incarnation[:]) // never fails
+	if m.incarnation = cfg.Incarnation; m.incarnation == (Incarnation{}) {
+		rand.Read(m.incarnation[:]) // never fails
+	}
 	rand.Read(m.token[:])
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	return m, nil
@@ -263,7 +265,7 @@ func (m *Manager) openDoor() {
 	if !needed {
 		return
 	}
-	door, err := m.prover.Open(m.token, m.fds)
+	door, err := m.prover.Open(m.token, m.fds, m.cfg.Gift)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch {

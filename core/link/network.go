@@ -82,6 +82,19 @@ func (d Descriptors) tell(whom func(int), c any) {
 	}
 }
 
+// trackFD and untrackFD are for bare descriptors.
+func (d Descriptors) trackFD(fd int) {
+	if d.Track != nil {
+		d.Track(fd)
+	}
+}
+
+func (d Descriptors) untrackFD(fd int) {
+	if d.Untrack != nil {
+		d.Untrack(fd)
+	}
+}
+
 // conn is a connection whose descriptor is in the table as long as it is open.
 type conn struct {
 	net.Conn

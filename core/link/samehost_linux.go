@@ -20,6 +20,13 @@ import (
 
 // UnixProver is the Prover of production. A door is an abstract Unix socket named by the token: to reach it shows a shared network
 // namespace, SO_PEERCRED a shared uid, and the pidfd that both ends then hold tells when the other process is gone.
+//
+//	who reaches                     door
+//	                                its credentials are ours, else it reads no descriptor
+//	its credentials are ours, else it sends nothing
+//	nonce, gift      ->
+//	                                nonce is expected; the witness is in its place
+//	                 <-             welcome, gift
 type UnixProver struct{}
 
 const (
@@ -30,7 +37,7 @@ const (
 
 	soPeerPidfd = 77 // SO_PEERPIDFD, Linux 6.5
 
-	welcome = 1 // the byte with which a door answers
+	welcome = 1 // the byte with which a door answers, before its gift
 )
 
 var (
@@ -41,21 +48,21 @@ var (
 func doorAddress(token Token) string { return "@llm-datadist-" + hex.EncodeToString(token[:]) }
 
 // Open listens on the abstract socket of token.
-func (UnixProver) Open(token Token, fds Descriptors) (Door, error) {
+func (UnixProver) Open(token Token, fds Descriptors, gift func() (Gift, error)) (Door, error) {
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: doorAddress(token), Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("listen on a Unix socket: %w", err)
 	}
 	fds.track(listener)
 	ctx, cancel := context.WithCancel(context.Background())
-	d := &unixDoor{listener: listener, fds: fds, ctx: ctx, cancel: cancel, expected: map[Nonce]*visit{}}
+	d := &unixDoor{listener: listener, fds: fds, gift: gift, ctx: ctx, cancel: cancel, expected: map[Nonce]*visit{}}
 	d.tasks.Add(1)
 	go d.answer()
 	return d, nil
 }
 
 // Reach connects to the abstract socket of token.
-func (UnixProver) Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors) (Witness, error) {
+func (UnixProver) Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors, gift func() (Gift, error)) (Witness, error) {
 	var dialer net.Dialer
 	raw, err := dialer.DialContext(ctx, "unix", doorAddress(token))
 	if err != nil {
@@ -63,39 +70,48 @@ func (UnixProver) Reach(ctx context.Context, token Token, nonce Nonce, fds Descr
 	}
 	c := fds.own(raw)
 	unbind := c.bind(ctx)
-	err = showNonce(c, nonce)
+	theirs, withheld, err := visitDoor(c, nonce, gift)
 	if !unbind() {
+		if err == nil {
+			theirs.close()
+		}
 		err = ctx.Err()
 	}
 	if err != nil {
 		_ = c.Close()
 		return nil, fmt.Errorf("show the nonce at the Unix socket of the peer: %w", err)
 	}
-	return newUnixWitness(c)
+	return newUnixWitness(c, theirs, withheld)
 }
 
-func showNonce(c *conn, nonce Nonce) error {
+// visitDoor exchanges nonce and gift for the gift of the door. withheld says why ours was not given.
+func visitDoor(c *conn, nonce Nonce, gift func() (Gift, error)) (theirs *parcel, withheld, err error) {
 	// The credentials come first: nobody else learns the nonce.
 	if err := trustedPeer(c); err != nil {
-		return err
+		return nil, nil, err
 	}
-	if _, err := c.Write(nonce[:]); err != nil {
-		return err
+	ours, withheld := pack(c.fds, gift)
+	err = ours.send(c, nonce[:])
+	ours.close()
+	if err != nil {
+		return nil, nil, err
 	}
 	var answer [1]byte
-	if _, err := io.ReadFull(c, answer[:]); err != nil {
-		return err
+	if theirs, err = receive(c, answer[:]); err != nil {
+		return nil, nil, err
 	}
 	if answer[0] != welcome {
-		return errors.New("unexpected answer")
+		theirs.close()
+		return nil, nil, errors.New("unexpected answer")
 	}
-	return nil
+	return theirs, withheld, nil
 }
 
 // unixDoor answers at an abstract Unix socket.
 type unixDoor struct {
 	listener *net.UnixListener
 	fds      Descriptors
+	gift     func() (Gift, error) // or nil
 	ctx      context.Context
 	cancel   context.CancelFunc
 	tasks    sync.WaitGroup
@@ -173,22 +189,20 @@ func (d *unixDoor) admit(c *conn) {
 
 // meet keeps c as a witness when whoever is at its other end is trusted and expected, and closes it otherwise.
 func (d *unixDoor) meet(c *conn) {
-	ctx, cancel := context.WithTimeout(d.ctx, doorTimeout)
-	defer cancel()
-	unbind := c.bind(ctx)
-	trust := trustedPeer(c)
-	var nonce Nonce
-	_, err := io.ReadFull(c, nonce[:])
-	if !unbind() || err != nil {
+	nonce, theirs, err := d.hear(c)
+	if err != nil {
+		d.settle(nonce, nil, err)
 		_ = c.Close()
 		return
 	}
-	if trust != nil {
-		d.settle(nonce, nil, trust)
+	if !d.expects(nonce) {
+		theirs.close()
 		_ = c.Close()
 		return
 	}
-	witness, err := newUnixWitness(c)
+	ours, withheld := pack(d.fds, d.gift)
+	defer ours.close()
+	witness, err := newUnixWitness(c, theirs, withheld)
 	if err != nil {
 		d.settle(nonce, nil, err)
 		return
@@ -199,7 +213,42 @@ func (d *unixDoor) meet(c *conn) {
 	}
 	// The witness is in its place before the other end can know of it. Where this answer is lost, the other end says "not the same
 	// host" and the claim is dropped.
-	_, _ = c.Write([]byte{welcome})
+	if ours.send(c, []byte{welcome}) != nil {
+		_ = c.Close() // the other end need not wait
+	}
+}
+
+// hear reads what a visitor has to show. Beside an error nonce is zero where it did not come whole.
+func (d *unixDoor) hear(c *conn) (nonce Nonce, theirs *parcel, err error) {
+	ctx, cancel := context.WithTimeout(d.ctx, doorTimeout)
+	defer cancel()
+	unbind := c.bind(ctx)
+	if trust := trustedPeer(c); trust == nil {
+		theirs, err = receive(c, nonce[:])
+	} else {
+		nonce, err = hearStranger(c, trust)
+	}
+	if !unbind() && err == nil {
+		theirs.close()
+		err = ctx.Err()
+	}
+	return nonce, theirs, err
+}
+
+// hearStranger reads the nonce of a visitor who is not trusted, and why, so that the engine that expects it learns of it. It reads
+// without control data: no descriptor of a stranger gets into our table.
+func hearStranger(c *conn, trust error) (Nonce, error) {
+	var nonce Nonce
+	if _, err := io.ReadFull(c, nonce[:]); err != nil {
+		return Nonce{}, err
+	}
+	return nonce, trust
+}
+
+func (d *unixDoor) expects(nonce Nonce) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.expected[nonce] != nil
 }
 
 // settle records what came of the visit with nonce. It returns false where nobody is expected, or somebody came before.
@@ -214,15 +263,24 @@ func (d *unixDoor) settle(nonce Nonce, w Witness, err error) bool {
 	return true
 }
 
-// trustedPeer returns nil if the process at the other end of a Unix socket runs under our uid.
-func trustedPeer(c *conn) error {
+// credentials returns who the process at the other end of a Unix socket is, as seen from our namespaces.
+func credentials(c *conn) (*unix.Ucred, error) {
 	var cred *unix.Ucred
 	err := onDescriptor(c, func(fd int) (err error) {
 		cred, err = unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("credentials of the other end: %w", err)
+		return nil, fmt.Errorf("credentials of the other end: %w", err)
+	}
+	return cred, nil
+}
+
+// trustedPeer returns nil if the process at the other end of a Unix socket runs under our uid.
+func trustedPeer(c *conn) error {
+	cred, err := credentials(c)
+	if err != nil {
+		return err
 	}
 	ours := uint32(os.Geteuid())
 	if cred.Uid != ours {
@@ -277,7 +335,7 @@ func peerPidfd(c *conn) (int, error) {
 func onDescriptor(c *conn, f func(fd int) error) error {
 	unixConn, ok := c.Conn.(*net.UnixConn)
 	if !ok {
-		return errors.New("not a Unix socket")
+		return errNotUnixSocket
 	}
 	raw, err := unixConn.SyscallConn()
 	if err != nil {
@@ -293,20 +351,33 @@ func onDescriptor(c *conn, f func(fd int) error) error {
 // unixWitness watches a process by its pidfd and by its end of a Unix socket: the first outlives a descriptor that was passed to a
 // child, the second tells of an engine that was closed while its process lives on. Both wait in Go's poller, without a thread.
 type unixWitness struct {
-	socket *conn
-	pidfd  *os.File
-	tasks  sync.WaitGroup
-	dead   chan struct{}
+	socket   *conn
+	pid      int
+	pidfd    *os.File
+	withheld error
+	tasks    sync.WaitGroup
+	dead     chan struct{}
+
+	mu     sync.Mutex
+	theirs *parcel // guarded by mu
 }
 
-// newUnixWitness takes c over, also where it returns an error.
-func newUnixWitness(c *conn) (Witness, error) {
-	pidfd, err := peerPidfd(c)
+// newUnixWitness takes c and theirs over, also where it returns an error.
+func newUnixWitness(c *conn, theirs *parcel, withheld error) (Witness, error) {
+	cred, err := credentials(c)
+	pidfd := -1
+	if err == nil {
+		pidfd, err = peerPidfd(c)
+	}
 	if err != nil {
+		theirs.close()
 		_ = c.Close()
 		return nil, err
 	}
-	w := &unixWitness{socket: c, pidfd: os.NewFile(uintptr(pidfd), "pidfd"), dead: make(chan struct{})}
+	w := &unixWitness{
+		socket: c, pid: int(cred.Pid), pidfd: os.NewFile(uintptr(pidfd), "pidfd"), withheld: withheld, dead: make(chan struct{}),
+		theirs: theirs,
+	}
 	c.fds.track(w.pidfd)
 	die := sync.OnceFunc(func() { close(w.dead) })
 	w.tasks.Go(func() { w.watchSocket(die) })
@@ -316,7 +387,20 @@ func newUnixWitness(c *conn) (Witness, error) {
 
 func (w *unixWitness) Dead() <-chan struct{} { return w.dead }
 
+func (w *unixWitness) Take() Gift {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.theirs.take()
+}
+
+func (w *unixWitness) Pid() int { return w.pid }
+
+func (w *unixWitness) Withheld() error { return w.withheld }
+
 func (w *unixWitness) Close() {
+	w.mu.Lock()
+	w.theirs.close()
+	w.mu.Unlock()
 	w.socket.fds.untrack(w.pidfd)
 	_ = w.pidfd.Close()
 	_ = w.socket.Close()

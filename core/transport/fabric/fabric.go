@@ -8,8 +8,8 @@
 // bubble runs under virtual time there: hours of latency cost no time at all.
 //
 // There are three nouns: a Network; its Hosts, each of which stands for one process; and the connections between them, which are
-// [net.Conn] until [Host.Data] turns one into a [transport.Conn]. What goes wrong is said in [Faults] and by the methods Partition,
-// CutAll, Kill and Pause.
+// [net.Conn] until [Host.Data] turns one into a [transport.Conn]. At a [Door] two hosts show each other that they share a machine, and
+// hand over descriptors. What goes wrong is said in [Faults] and by the methods Partition, CutAll, Kill and Pause.
 //
 // Caveats: one lock guards a whole network, which makes it simple and not fast. A paused host stops receiving and sending, but the
 // code of its engine goes on. The memory of spans must be mapped; [Host.FaultSpans] is the way to have some that is not accessible.
@@ -71,6 +71,8 @@ type Network struct {
 	given       uint32 // addresses given so far
 	connections map[*connection]struct{}
 	listeners   map[*listener]struct{}
+	doors       map[[16]byte]*Door // by token
+	witnesses   map[*Witness]struct{}
 	dials       map[pair]uint64 // dials so far, by dialer and listener: the name of a connection for its random numbers
 	faults      Faults
 	pairFaults  map[pair]Faults
@@ -95,6 +97,8 @@ func New(seed uint64) *Network {
 		addresses:   make(map[netip.Addr]*Host),
 		connections: make(map[*connection]struct{}),
 		listeners:   make(map[*listener]struct{}),
+		doors:       make(map[[16]byte]*Door),
+		witnesses:   make(map[*Witness]struct{}),
 		dials:       make(map[pair]uint64),
 		pairFaults:  make(map[pair]Faults),
 		partitions:  make(map[pair]bool),
@@ -194,6 +198,7 @@ func (n *Network) Cut(a, b *Host) {
 type Stats struct {
 	Open      int    // ends of connections that nobody has closed yet: 0 where nothing leaks
 	Listeners int    // open listeners
+	Proofs    int    // open doors, and witnesses that nobody has closed yet
 	Dials     uint64 // dials that reached a host, refused ones too
 	Bytes     uint64 // bytes accepted from senders
 }
@@ -202,7 +207,7 @@ type Stats struct {
 func (n *Network) Stats() Stats {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	s := Stats{Listeners: len(n.listeners), Bytes: n.carried}
+	s := Stats{Listeners: len(n.listeners), Proofs: len(n.doors) + len(n.witnesses), Bytes: n.carried}
 	for c := range n.connections {
 		for _, e := range c.ends {
 			if !e.released {
@@ -216,13 +221,19 @@ func (n *Network) Stats() Stats {
 	return s
 }
 
-// Close ends every connection and listener, and makes every call on them return, now and later. A second Close does nothing.
+// Close ends every connection, listener and proof, and makes every call on them return, now and later. A second Close does nothing.
 func (n *Network) Close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.closed = true
 	for l := range n.listeners {
 		l.shut()
+	}
+	for _, d := range n.doors {
+		d.shut()
+	}
+	for w := range n.witnesses {
+		w.letGo()
 	}
 	for c := range n.connections {
 		for _, e := range c.ends {

@@ -32,6 +32,7 @@ func newNetwork(t *testing.T, seed uint64) *fabric.Network {
 		s := n.Stats()
 		require.Zero(t, s.Open, "connections left open")
 		require.Zero(t, s.Listeners, "listeners left open")
+		require.Zero(t, s.Proofs, "doors or witnesses left open")
 		n.Close()
 	})
 	return n

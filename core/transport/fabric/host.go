@@ -402,6 +402,7 @@ func (h *Host) kill(f fate) {
 	for _, l := range slices.Clone(h.listeners) {
 		l.shut()
 	}
+	h.endProofs()
 	for c := range h.network.connections {
 		for _, e := range c.ends {
 			if e.host == h {
