@@ -205,22 +205,27 @@ func PullStart(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAdd
 // PullNothing is PullStart without the transfer: what is left is the price of the boundary, for benchmarks.
 func PullNothing(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) int64 {
 	call := pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount)
+	defer backend.EndPull(call)
 	return with(handle, func(e *engine.Engine) (int64, error) { return 0, e.CheckPull(call) })
 }
 
 func pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) *engine.PullCall {
-	p := words(paramsAddr, pullWords)
-	return &engine.PullCall{
+	var packed [pullWords]uint64
+	p := appendWords(packed[:0], paramsAddr, pullWords)
+	call := backend.NewPull()
+	src, dst := call.Plan.SrcBlocks[:0], call.Plan.DstBlocks[:0]
+	*call = engine.PullCall{
 		Cluster: p[pullCluster],
 		Key: transport.Key{Kind: transport.KeyKind(p[pullKeyKind]), ID: p[pullKeyID], Model: p[pullKeyModel], CacheID: int64(p[pullKeyCache]),
 			Batch: p[pullKeyBatch]},
 		Cache: int64(p[pullCache]),
 		Plan: plan.Request{
 			SrcTensors: tensors(p[pullSrcFirst], p[pullSrcCount]), DstTensors: tensors(p[pullDstFirst], p[pullDstCount]),
-			DstBatch: p[pullBatch], Size: int64(p[pullSize]), SrcBlocks: words(srcAddr, srcCount), DstBlocks: words(dstAddr, dstCount),
+			DstBatch: p[pullBatch], Size: int64(p[pullSize]), SrcBlocks: appendWords(src, srcAddr, srcCount), DstBlocks: appendWords(dst, dstAddr, dstCount),
 		},
 		TensorsPerLayer: uint32(p[pullPerLayer]),
 	}
+	return call
 }
 
 // CopyCacheStart starts copy_cache.
@@ -284,10 +289,16 @@ func words(addr, count int64) []uint64 {
 	if count <= 0 {
 		return nil
 	}
-	view := mem.View(uintptr(addr), uint64(count)*8)
-	out := make([]uint64, count)
-	for i := range out {
-		out[i] = binary.LittleEndian.Uint64(view[i*8:])
+	return appendWords(make([]uint64, 0, count), addr, count)
+}
+
+// appendWords copies a packed array behind out.
+func appendWords(out []uint64, addr, count int64) []uint64 {
+	if count <= 0 {
+		return out
+	}
+	for view := mem.View(uintptr(addr), uint64(count)*8); len(view) > 0; view = view[8:] {
+		out = append(out, binary.LittleEndian.Uint64(view))
 	}
 	return out
 }

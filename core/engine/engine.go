@@ -8,6 +8,7 @@
 package engine
 
 import (
+	"crypto/rand"
 	"errors"
 	"net"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
+	"github.com/llm-datadist-open/llm-datadist/core/transport/shm"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/tcp"
 )
 
@@ -26,7 +28,7 @@ import (
 type Parts struct {
 	Device  mem.Device   // where DEVICE memory lives
 	Network link.Network // where connections come from
-	// Sessions makes the session of a link; nil: tcp.
+	// Sessions makes the session of a link; nil: shm on one host, else tcp.
 	Sessions func(peer link.Peer, conns []transport.Conn, owner transport.Owner) (transport.Session, error)
 	// Event takes lines for the log; it must not block. nil: nobody listens.
 	Event func(link.Event)
@@ -39,6 +41,7 @@ type Engine struct {
 	parts     Parts
 	table     *cache.Table
 	links     *link.Manager
+	share     *shm.Share // nil where shm is not used
 
 	mu    sync.Mutex        // guards what follows
 	owned map[uint64]uint64 // links of the directional backend: the id that the caller gave -> the id that the peer reports
@@ -55,8 +58,12 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
 		return nil, err
 	}
-	if e.links, err = link.NewManager(e.linkConfig()); err != nil {
+	incarnation := newIncarnation()
+	if err := e.openShare(incarnation); err != nil {
 		return nil, errors.Join(err, e.table.Close())
+	}
+	if e.links, err = link.NewManager(e.linkConfig(incarnation)); err != nil {
+		return nil, errors.Join(err, e.closeMemory())
 	}
 	if options.HasListen {
 		if _, err := e.links.Listen(net.JoinHostPort(options.ListenIP, options.ListenPort)); err != nil {
@@ -66,31 +73,35 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	return e, nil
 }
 
-func (e *Engine) linkConfig() link.Config {
+func newIncarnation() (drawn link.Incarnation) {
+	rand.Read(drawn[:]) // never fails
+	return drawn
+}
+
+func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	required := e.options.Transport
 	if required == "auto" {
 		required = ""
 	}
 	return link.Config{
-		Network: e.parts.Network, ClusterID: e.clusterID, OneSided: e.options.OneSided, Offers: []string{"tcp"}, Required: required,
-		DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
-		Attach: e.attach, Event: e.parts.Event,
+		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
+		Required: required, DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
+		Gift: e.gift, Attach: e.attach, Event: e.parts.Event,
 	}
-}
-
-// track keeps a descriptor for forked children. A full table costs only them: their copy of the descriptor stays open.
-func track(fd int) { _ = mem.Track(fd) }
-
-func (e *Engine) attach(peer link.Peer, conns []transport.Conn) (transport.Session, error) {
-	if e.parts.Sessions != nil {
-		return e.parts.Sessions(peer, conns, owner{e})
-	}
-	return tcp.NewSession(tcp.Config{Conns: conns, Owner: owner{e}, Broken: peer.Fail})
 }
 
 // Close is finalize: links are retired, the listener stops, memory is given back. It is local and does not wait for a peer.
 func (e *Engine) Close() error {
-	return errors.Join(e.links.Close(), e.table.Close())
+	return errors.Join(e.links.Close(), e.closeMemory())
+}
+
+// closeMemory ends what is published before any memory goes.
+func (e *Engine) closeMemory() error {
+	err := e.table.Close()
+	if e.share != nil {
+		err = errors.Join(err, e.share.Close())
+	}
+	return err
 }
 
 // ListenAddress returns the bound "ip:port", or "" where the engine does not listen.

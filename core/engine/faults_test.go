@@ -174,7 +174,7 @@ func TestPeerDeathDuringAPull(t *testing.T) {
 
 // Over real sockets nobody can pull the plug of a host: the peer finalizes instead, at whatever moment.
 func TestPeerFinalizesDuringPulls(t *testing.T) {
-	over(t, []way{overTCP, overFabric, overDirect}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric, overDirect}, func(w *world) {
 		owner, puller := w.pair()
 		const size = 16 << 20
 		owner.register(rows(1, 1, size), two[0]).fill(1)

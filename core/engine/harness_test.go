@@ -36,11 +36,13 @@ type way struct {
 	name    string
 	fabric  bool // in-memory network, else real sockets
 	direct  bool // the puller reads the owner's memory, else both ends take part
+	shm     bool // the production path between processes of one host
 	virtual bool // in a bubble, where time costs nothing
 }
 
 var (
 	overTCP    = way{name: "tcp"}
+	overSHM    = way{name: "shm", shm: true}
 	overFabric = way{name: "fabric", fabric: true}
 	overBubble = way{name: "bubble", fabric: true, virtual: true}
 	overDirect = way{name: "direct", fabric: true, direct: true}
@@ -48,7 +50,7 @@ var (
 	directBubble = way{name: "direct-bubble", fabric: true, direct: true, virtual: true}
 )
 
-var everyWay = []way{overTCP, overFabric, overBubble, overDirect}
+var everyWay = []way{overTCP, overSHM, overFabric, overBubble, overDirect}
 
 // over runs a test over ways, each in a world of its own, and looks for what it left behind.
 func over(t *testing.T, ways []way, run func(w *world)) {
@@ -73,6 +75,9 @@ func (a way) run(t *testing.T, seed uint64, run func(w *world)) {
 }
 
 func TestMain(m *testing.M) {
+	if os.Getenv(ownerVariable) != "" {
+		os.Exit(beOwner())
+	}
 	// Go's poller opens descriptors at its first use and keeps them.
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		_ = l.Close()
@@ -198,7 +203,10 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 	n := &node{w: w, id: id}
 	options := Options{
 		CacheManager: true, SyncTimeout: time.Second, TCPConnections: 2, CopyThreads: 2, PeerDead: patient,
-		DevicePool: poolOf(64 << 20), Transport: "auto",
+		DevicePool: poolOf(64 << 20), Transport: "tcp",
+	}
+	if w.way.shm {
+		options.Transport = "shm"
 	}
 	if w.way.virtual {
 		options.PeerDead = 4 * time.Second
@@ -251,7 +259,7 @@ func (n *node) session(peer link.Peer, conns []transport.Conn, owner transport.O
 // hostReader reads the memory of a fabric host as shared memory and RDMA do.
 type hostReader struct{ own, peer *fabric.Host }
 
-func (r hostReader) Read(_ context.Context, moves []mem.Move) error {
+func (r hostReader) Read(_ context.Context, _ transport.Access, moves []mem.Move, _ uint64) error {
 	return r.own.ReadDirect(r.peer, moves)
 }
 

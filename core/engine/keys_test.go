@@ -121,7 +121,7 @@ func TestAPullThatHasEndedNeverStarts(t *testing.T) {
 }
 
 func TestTwoPullersOfOneKeyReleaseItOnce(t *testing.T) {
-	over(t, []way{overTCP, overFabric, overDirect, overBubble, directBubble}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric, overDirect, overBubble, directBubble}, func(w *world) {
 		owner, first := w.pair()
 		second := w.node("second", 3)
 		second.link(owner)

@@ -31,7 +31,7 @@ func requireTold(n *node, id uint64, code status.Code) {
 }
 
 func TestLinkCodes(t *testing.T) {
-	over(t, []way{overTCP, overFabric}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric}, func(w *world) {
 		a, b := w.node("a", 1), w.node("b", 2)
 		require.NoError(w.t, a.tryLink(b))
 		for _, way := range [][2]*node{{a, b}, {b, a}} {
@@ -65,7 +65,7 @@ func TestLinkCodes(t *testing.T) {
 }
 
 func TestLinkToManyAtOnceReportsEach(t *testing.T) {
-	over(t, []way{overTCP, overFabric}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric}, func(w *world) {
 		a := w.node("a", 1)
 		var clusters []Cluster
 		want := []status.Code{}
@@ -171,7 +171,7 @@ func TestAnotherIDThanTheGivenOneIsAWarning(t *testing.T) {
 }
 
 func TestLinkToOneself(t *testing.T) {
-	over(t, []way{overTCP, overFabric}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric}, func(w *world) {
 		a := w.node("a", 1)
 		require.NoError(w.t, a.tryLink(a))
 		dst := a.register(rows(2, 1, 10))
@@ -214,7 +214,7 @@ func TestLocalCommRes(t *testing.T) {
 }
 
 func TestSwitchRole(t *testing.T) {
-	over(t, []way{overTCP, overFabric}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric}, func(w *world) {
 		a, b := w.pair()
 		for _, n := range []*node{a, b} {
 			requireCode(w.t, status.ExistLink, n.SwitchRole(""))
@@ -235,7 +235,7 @@ func TestSwitchRole(t *testing.T) {
 }
 
 func TestDirectionalLinksBelongToTheEndThatMadeThem(t *testing.T) {
-	over(t, []way{overTCP, overFabric, overDirect}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric, overDirect}, func(w *world) {
 		a, b := w.node("a", 1, directional), w.node("b", 2, directional)
 		inA, inB := a.register(rows(2, 1, 50)).fill(1), b.register(rows(2, 1, 50)).fill(2)
 		given := uint64(99)
@@ -267,7 +267,7 @@ func TestDirectionalLinksBelongToTheEndThatMadeThem(t *testing.T) {
 }
 
 func TestDirectionalCodes(t *testing.T) {
-	over(t, []way{overTCP, overFabric}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric}, func(w *world) {
 		a, b, other := w.node("a", 1, directional), w.node("b", 2, directional), w.node("other", 3)
 		requireCode(w.t, status.ParamInvalid, a.tryLink(other)) // access modes differ
 		require.NoError(w.t, b.links.StopListening())
@@ -280,7 +280,7 @@ func TestDirectionalCodes(t *testing.T) {
 }
 
 func TestDirectionalLinkAfterThePeerHasDied(t *testing.T) {
-	over(t, []way{overTCP, overFabric}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric}, func(w *world) {
 		a, b := w.node("a", 1, directional), w.node("b", 2, directional)
 		require.NoError(w.t, a.tryLink(b))
 		b.crash()

@@ -163,7 +163,7 @@ type ourOption struct {
 // The options whose values are words. A value that is known but not built yet is FeatureNotEnabled.
 var ourWords = []ourOption{
 	{"open.Device", "LLM_DATADIST_DEVICE", []string{"auto", "host", "cann"}, []string{"auto", "host"}},
-	{"open.Transport", "LLM_DATADIST_TRANSPORT", []string{"auto", "shm", "tcp", "ucx", "cann"}, []string{"auto", "tcp"}},
+	{"open.Transport", "LLM_DATADIST_TRANSPORT", []string{"auto", "shm", "tcp", "ucx", "cann"}, []string{"auto", "shm", "tcp"}},
 	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{"loopback"}, []string{}},
 	{"open.MultipleEngines", "", []string{"0", "1"}, []string{"0"}},
 	{"open.RendezvousPort", "LLM_DATADIST_RENDEZVOUS_PORT", nil, []string{}},

@@ -17,7 +17,7 @@ import (
 // Many calls at once on one engine, in real time, for the race detector: 16 pullers pull while caches are registered and unregistered
 // on both ends, while links are made and dropped from both ends, and while one end is finalized at last.
 func TestSixteenPullersWithUnregisterRelinkAndFinalizeAtOnce(t *testing.T) {
-	over(t, []way{overTCP, overFabric, overDirect}, func(w *world) {
+	over(t, []way{overTCP, overSHM, overFabric, overDirect}, func(w *world) {
 		owner, puller := w.pair()
 		c := &crowd{w: w, owner: owner, puller: puller, progress: make(chan struct{}, 1), finalized: make(chan struct{})}
 		c.steady = owner.register(crowdDesc, two[0]).fill(1).content()

@@ -384,7 +384,11 @@ func TestExplainNamesTheTransportAndEveryConnection(t *testing.T) {
 	over(t, everyWay, func(w *world) {
 		owner, puller := w.pair()
 		for _, text := range []string{puller.Explain(1), owner.Explain(2)} {
-			for _, part := range []string{"linked", "transport: tcp", "data connection 0", "data connection 1"} {
+			transport := "transport: tcp"
+			if w.way.shm {
+				transport = "transport: shm"
+			}
+			for _, part := range []string{"linked", transport, "data connection 0", "data connection 1"} {
 				require.Contains(w.t, text, part)
 			}
 		}

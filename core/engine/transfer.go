@@ -5,6 +5,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/cache"
@@ -36,65 +37,76 @@ func (e *Engine) Pull(ctx context.Context, call *PullCall) error {
 	return p.Finish(ctx)
 }
 
-// Pulling is a pull that has passed its checks. Finish is called exactly once.
+// Pulling is a pull that has passed its checks. Advance may be called, then Finish exactly once, after which it is another pull's.
 type Pulling struct {
-	call      *PullCall
-	use       *cache.Use
+	cluster   uint64
+	use       cache.Use
 	link      *link.Link
 	request   transport.Request
+	local     transport.Local
 	operation transport.Operation // nil where the transport does all of it in Finish
 }
 
+var pullings = sync.Pool{New: func() any { return new(Pulling) }}
+
 // BeginPull makes the checks of a pull and sends its request, where the transport can do so without waiting.
 func (e *Engine) BeginPull(deadline time.Time, call *PullCall) (*Pulling, error) {
-	use, err := e.destination(call)
-	if err != nil {
+	p := pullings.Get().(*Pulling)
+	p.cluster = call.Cluster
+	if err := e.destination(call, &p.use); err != nil {
+		p.recycle()
 		return nil, err
 	}
-	p := &Pulling{call: call, use: use}
-	if err := p.begin(e, deadline); err != nil {
-		use.Release()
+	if err := p.begin(e, deadline, call); err != nil {
+		p.use.Release()
+		p.recycle()
 		return nil, err
 	}
 	return p, nil
 }
 
-func (p *Pulling) begin(e *Engine, deadline time.Time) (err error) {
-	if p.link, err = e.linkTo(p.call.Cluster); err != nil {
-		return status.From(err, status.StageResolve).At(p.call.Cluster, "")
+func (p *Pulling) recycle() {
+	p.link, p.operation, p.request, p.local = nil, nil, transport.Request{}, transport.Local{}
+	pullings.Put(p)
+}
+
+func (p *Pulling) begin(e *Engine, deadline time.Time, call *PullCall) (err error) {
+	if p.link, err = e.linkTo(call.Cluster); err != nil {
+		return status.From(err, status.StageResolve).At(call.Cluster, "")
 	}
-	if _, err := p.use.Backing(); err != nil {
+	backing, err := p.use.Backing()
+	if err != nil {
 		return err
 	}
-	p.request = transport.Request{Key: p.call.Key, Plan: p.call.Plan, Local: p.use.Entry().Shape}
+	entry := p.use.Entry()
+	p.request = transport.Request{Key: call.Key, Plan: call.Plan, Local: entry.Shape}
+	p.local = transport.Local{Addrs: entry.Addrs, Backing: backing}
 	beginner, ok := p.link.Session().(transport.Beginner)
 	if !ok {
 		return nil
 	}
-	p.operation, err = beginner.Begin(deadline, &p.request, p.local())
+	p.operation, err = beginner.Begin(deadline, &p.request, p.local)
 	return p.explained(err)
 }
 
-func (p *Pulling) local() transport.Local { return transport.Local{Addrs: p.use.Entry().Addrs} }
-
-// Done is closed when nothing of the pull writes into the destination any more; nil where only Finish tells.
-func (p *Pulling) Done() <-chan struct{} {
-	if p.operation == nil {
-		return nil
-	}
-	return p.operation.Done()
+// Advance works on the pull, or waits for it, on the calling goroutine, for about wait at most. True: nothing of it writes into the
+// destination any more, and Finish does not wait.
+func (p *Pulling) Advance(wait time.Duration) bool {
+	return p.operation != nil && p.operation.Advance(wait)
 }
-
-// Quick says, after Done, that Finish does not wait for the peer.
-func (p *Pulling) Quick() bool { return p.operation.Quick() }
 
 // Finish waits for the rest of the pull, which ends when ctx ends, and returns its result.
 func (p *Pulling) Finish(ctx context.Context) error {
-	defer p.use.Release()
+	var err error
 	if p.operation != nil {
-		return p.explained(p.operation.Finish(ctx))
+		err = p.operation.Finish(ctx)
+	} else {
+		err = p.link.Session().Pull(ctx, &p.request, p.local)
 	}
-	return p.explained(p.link.Session().Pull(ctx, &p.request, p.local()))
+	err = p.explained(err)
+	p.use.Release()
+	p.recycle()
+	return err
 }
 
 // explained adds who the peer is; nil stays nil.
@@ -107,33 +119,33 @@ func (p *Pulling) explained(err error) error {
 		// must not find it alive.
 		p.link.Fail(errors.Unwrap(err))
 	}
-	return status.From(err, status.StageTransfer).At(p.call.Cluster, p.link.Peer().Address)
+	return status.From(err, status.StageTransfer).At(p.cluster, p.link.Peer().Address)
 }
 
 // CheckPull makes the local checks of a pull and moves nothing.
 func (e *Engine) CheckPull(call *PullCall) error {
-	use, err := e.destination(call)
-	if err != nil {
+	p := pullings.Get().(*Pulling)
+	defer p.recycle()
+	if err := e.destination(call, &p.use); err != nil {
 		return err
 	}
-	use.Release()
+	p.use.Release()
 	return nil
 }
 
-// destination returns the local cache of a pull, held, when the call fits it.
-func (e *Engine) destination(call *PullCall) (*cache.Use, error) {
+// destination holds the local cache of a pull in use, when the call fits it.
+func (e *Engine) destination(call *PullCall, use *cache.Use) error {
 	if call.Cluster == e.clusterID {
-		return nil, status.New(status.ParamInvalid, status.StageCheck, "the own cluster is no source of a pull").At(call.Cluster, "")
+		return status.New(status.ParamInvalid, status.StageCheck, "the own cluster is no source of a pull").At(call.Cluster, "")
 	}
-	use, err := e.table.Use(call.Cache)
-	if err != nil {
-		return nil, err
+	if err := e.table.Hold(call.Cache, use); err != nil {
+		return err
 	}
 	if err := e.checkDestination(use, call); err != nil {
 		use.Release()
-		return nil, err
+		return err
 	}
-	return use, nil
+	return nil
 }
 
 func (e *Engine) checkDestination(use *cache.Use, call *PullCall) error {

@@ -5,10 +5,13 @@ package transport
 import (
 	"context"
 	"errors"
+	"math"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/llm-datadist-open/llm-datadist/core/directory"
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
@@ -41,43 +44,53 @@ type Control interface {
 	Idle() <-chan struct{}
 }
 
-// Directory is the peer's directory: see core/directory.
-type Directory interface {
-	Lookup(generation uint64) (shape plan.Shape, addrs []uintptr, live bool)
-	Live(generation uint64) bool
-	Named(generation uint64) bool
+// Access says how bytes are to be copied.
+type Access struct {
+	From directory.Space // whose addresses the sources are
+	Into mem.Backing     // what the destinations are made of
 }
 
 // Reader reaches the peer's memory without the peer taking part.
 type Reader interface {
-	// Read copies moves from the peer's memory (Src, in the peer's address space) into ours, and has let go of both when it returns.
-	// An address of the peer's that it may not or can't read is an error that is unix.EFAULT.
-	Read(ctx context.Context, moves []mem.Move) error
+	// Read copies moves, total bytes together, from the peer's memory (Src) into ours, and has let go of both when it returns. It looks
+	// at ctx at least once a MiB. An address of the peer's that can't be read is an error that is unix.EFAULT; memory that can't be
+	// reached in this way, or not any more, is one that is ErrNoAccess.
+	Read(ctx context.Context, access Access, moves []mem.Move, total uint64) error
 }
 
-// DirectConfig is what a direct transport is made from. All but BatchBytes are required.
+// ErrNoAccess says that a Reader can't reach a cache's memory. Another way may.
+var ErrNoAccess = errors.New("the memory can't be read directly")
+
+// DirectConfig is what a direct transport is made from. Control, Directory and Reader are required.
 type DirectConfig struct {
 	Control   Control // the transport takes it over
-	Directory Directory
+	Directory directory.Reader
 	Reader    Reader
-	// BatchBytes bounds one Read; 0: 1 MiB. Nothing looks for a cancel while one is under way but the Reader itself.
+	// Stream takes the pulls from memory that is not in the directory or that the Reader has no access to; nil: these fail. It ends with
+	// Control, which it may be.
+	Stream Session
+	// BatchBytes bounds one Read; 0: 1 MiB.
 	BatchBytes uint64
+	// InlineBytes is up to what size a pull whose key is known is done by Advance, on the goroutine of its caller; 0: none is.
+	InlineBytes uint64
 }
 
 const (
-	// defaultBatchBytes is copied in some 0.1 ms: a cancel is seen soon.
+	// defaultBatchBytes is copied in some 0.1 ms: a cancel is seen soon also by a Reader that doesn't look.
 	defaultBatchBytes = 1 << 20
-	// maxBatchMoves bounds what one Read is given where segments are small: what one system call takes.
-	maxBatchMoves = mem.MaxSpans
+	// maxBatchMoves bounds what one Read is given where segments are small: 1.5 MiB of moves.
+	maxBatchMoves = 1 << 16
 	// maxTries is how often a pull begins again because its cache was replaced meanwhile. An owner that does so all the time is told from
 	// one that has withdrawn the cache by nobody.
 	maxTries = 3
-	// maxKnown bounds what a link keeps of what it resolved, some 10 KiB.
+	// maxKnown bounds what a link keeps of what it resolved, some 10 KiB and the addresses.
 	maxKnown = 128
+	// keepSegments bounds what is kept of a plan for the next one: 4 MiB. A larger one is rare and goes to the garbage collector.
+	keepSegments = 1 << 16
 )
 
 // Direct is the session of a transport whose initiator reads the owner's memory itself. It resolves a key with the owner, plans alone
-// with what the owner has answered, reads, and looks whether the generation still was live when the last byte had been read: the
+// with what the owner has published, reads, and looks whether the generation still was live when the last byte had been read: the
 // owner takes no part in the copy, so that nobody else could tell.
 type Direct struct {
 	cfg     DirectConfig
@@ -87,8 +100,8 @@ type Direct struct {
 
 	mu    sync.Mutex // guards what follows
 	pulls int
-	quiet chan struct{} // closed while no pull is under way
-	known map[knownKey]Resolved
+	quiet chan struct{} // closed when pulls becomes 0; nil: nobody waits
+	known map[knownKey]found
 }
 
 // knownKey is what the owner's answer depends on.
@@ -97,99 +110,237 @@ type knownKey struct {
 	oneSided, blocksToBlocks bool
 }
 
+// found is what a key means and where that is.
+type found struct {
+	Resolved
+	place directory.Located
+}
+
 // NewDirect makes a direct session.
 func NewDirect(cfg DirectConfig) *Direct {
 	if cfg.BatchBytes == 0 {
 		cfg.BatchBytes = defaultBatchBytes
 	}
-	d := &Direct{cfg: cfg, quiet: make(chan struct{}), known: map[knownKey]Resolved{}}
-	close(d.quiet)
+	d := &Direct{cfg: cfg, known: map[knownKey]found{}}
 	d.life, d.end = context.WithCancelCause(context.Background())
 	return d
 }
 
 // Pull implements Session.
 func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
-	if err := d.enter(); err != nil {
+	deadline, _ := ctx.Deadline()
+	p, err := d.begin(deadline, req, local)
+	if err != nil {
 		return err
 	}
-	defer d.leave()
+	return p.Finish(ctx)
+}
+
+// Begin implements Beginner.
+func (d *Direct) Begin(deadline time.Time, req *Request, local Local) (Operation, error) {
+	p, err := d.begin(deadline, req, local)
+	if err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (d *Direct) begin(deadline time.Time, req *Request, local Local) (*reading, error) {
+	if len(local.Addrs) != int(req.Local.Tensors) {
+		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "%d addresses for %d tensors", len(local.Addrs), req.Local.Tensors)
+	}
+	if err := d.enter(); err != nil {
+		return nil, err
+	}
+	p := readings.Get().(*reading)
+	p.direct, p.req, p.local, p.deadline = d, req, local, deadline
+	p.tried, p.ended, p.err = false, false, nil
+	return p, nil
+}
+
+// reading is one pull. It is used again for the next one when it has been finished.
+type reading struct {
+	direct   *Direct
+	req      *Request
+	local    Local
+	deadline time.Time // zero: none
+	limit    time.Time // until when Advance may go on
+	tried    bool      // Advance has done what it can
+	ended    bool      // with err
+	err      error
+
+	segments []plan.Segment
+	moves    []mem.Move
+}
+
+var readings = sync.Pool{New: func() any { return new(reading) }}
+
+// Advance implements Operation: where the link knows what the key means, and it is not too much for a caller who may not be away for
+// long, everything is done here.
+func (p *reading) Advance(wait time.Duration) bool {
+	if p.ended || p.tried {
+		return p.ended
+	}
+	p.tried = true
+	d := p.direct
+	f, ok := d.recall(p.req)
+	if !ok || !p.fits(&f) {
+		return false
+	}
+	now := time.Now()
+	if p.limit = now.Add(wait); !p.deadline.IsZero() && p.deadline.Before(p.limit) {
+		p.limit = p.deadline
+	}
+	err := p.read((*bounded)(p), &f)
+	switch {
+	case err == nil:
+	case err == error(errStale), errors.Is(err, ErrNoAccess):
+		return false // the owner has to be asked
+	case errors.Is(err, errPaused):
+		return false // what was copied is copied again
+	}
+	p.ended, p.err = true, err
+	return true
+}
+
+// fits plans, and says whether the pull is small enough for Advance. A plan that fails is left to Finish, which plans again.
+func (p *reading) fits(f *found) bool {
+	inline := p.direct.cfg.InlineBytes
+	pieces := uint64(len(p.req.Plan.DstBlocks)) * uint64(p.req.Local.Tensors)
+	return inline > 0 && pieces <= maxBatchMoves && p.plan(f) == nil && plan.Total(p.segments) <= inline
+}
+
+// Finish implements Operation.
+func (p *reading) Finish(ctx context.Context) error {
+	if !p.ended {
+		p.err = p.finish(ctx)
+	}
+	err := p.err
+	d := p.direct
+	p.recycle()
+	d.leave()
+	return err
+}
+
+func (p *reading) recycle() {
+	p.direct, p.req, p.local, p.err = nil, nil, Local{}, nil
+	if cap(p.segments) <= keepSegments {
+		readings.Put(p)
+	}
+}
+
+func (p *reading) finish(ctx context.Context) error {
+	d := p.direct
 	reading, cancel := context.WithCancelCause(ctx) // the control session ends what waits for it by itself
 	defer cancel(nil)
 	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
-	return d.pull(ctx, reading, req, local)
+	return p.pull(ctx, reading)
 }
 
-// errStale says that a generation ended before all of it was read.
-var errStale = status.New(status.CacheNotExist, status.StageVerify, "the cache was withdrawn during the transfer")
+var (
+	// errStale says that a generation ended before all of it was read.
+	errStale = status.New(status.CacheNotExist, status.StageVerify, "the cache was withdrawn during the transfer")
+	// errPaused says that Advance has used up its time.
+	errPaused = errors.New("paused")
+)
 
 // pull resolves and moves. Where the generation ends meanwhile the owner is asked anew: it knows whether the cache is gone, or has been
 // replaced. A link that has died in that moment is heard of in the same way.
-func (d *Direct) pull(ctx, reading context.Context, req *Request, local Local) error {
+func (p *reading) pull(ctx, reading context.Context) error {
+	d := p.direct
 	var first plan.Shape
 	for try := 0; ; try++ {
-		r, err := d.resolve(ctx, req)
+		f, err := d.resolve(ctx, p.req)
 		if err != nil {
+			if errors.Is(err, ErrNoAccess) {
+				return p.stream(ctx, err)
+			}
 			return err
 		}
 		// Into another shape other bytes would be written: those that are there already would be left, and be nobody's.
-		if try > 0 && r.Shape != first {
-			r.abandon()
+		if try > 0 && f.Shape != first {
+			f.abandon()
 			return errStale
 		}
-		first = r.Shape
-		err = d.move(reading, req, local, r)
-		if err == nil && r.Lease != nil {
-			return r.Lease.Confirm(ctx)
+		first = f.Shape
+		if err = p.plan(&f); err == nil {
+			err = p.read(reading, &f)
 		}
-		r.abandon()
+		if err == nil && f.Lease != nil {
+			return f.Lease.Confirm(ctx)
+		}
+		f.abandon()
+		if errors.Is(err, ErrNoAccess) {
+			return p.stream(ctx, err)
+		}
 		if err != error(errStale) || try == maxTries {
 			return err
 		}
 	}
 }
 
-func (r *Resolved) abandon() {
-	if r.Lease != nil {
-		r.Lease.Abandon()
+// stream lets the owner send what can't be read.
+func (p *reading) stream(ctx context.Context, why error) error {
+	if p.direct.cfg.Stream == nil {
+		return status.Newf(status.Failed, status.StageResolve, "%w", why)
+	}
+	return p.direct.cfg.Stream.Pull(ctx, p.req, p.local)
+}
+
+func (f *found) abandon() {
+	if f.Lease != nil {
+		f.Lease.Abandon()
 	}
 }
 
-// resolve returns what the link knows, or asks the owner.
-func (d *Direct) resolve(ctx context.Context, req *Request) (Resolved, error) {
+// resolve returns what the link knows, or asks the owner. Memory that the owner has not published is ErrNoAccess.
+func (d *Direct) resolve(ctx context.Context, req *Request) (found, error) {
 	if known, ok := d.recall(req); ok {
 		return known, nil
 	}
 	r, err := d.cfg.Control.Resolve(ctx, req)
-	if err == nil && r.Lease == nil {
-		d.remember(req, r)
+	if err != nil {
+		return found{}, err
 	}
-	return r, err
+	f := found{Resolved: r}
+	place, ok := d.cfg.Directory.Lookup(r.Generation)
+	switch {
+	case !ok && d.cfg.Stream != nil:
+		f.abandon()
+		return found{}, ErrNoAccess // or withdrawn in this moment, which the owner then says
+	case !ok:
+		return f, nil // read finds it stale
+	case place.Shape != r.Shape || len(place.Addrs) != int(r.Shape.Tensors):
+		f.abandon()
+		return found{}, status.New(status.Failed, status.StageCheck, "the owner's answer and its directory differ").
+			Hinting("run the same version on both ends")
+	}
+	f.place = place
+	if r.Lease == nil {
+		d.remember(req, f)
+	}
+	return f, nil
 }
 
 // Close implements Session. Pulls let go within one Read.
 func (d *Direct) Close(cause error) {
 	d.end(cause)
 	d.cfg.Control.Close(cause)
-	d.mu.Lock()
-	quiet := d.quiet
-	d.mu.Unlock()
-	<-quiet // and it stays so: nobody enters any more
+	<-d.silence() // and it stays so: nobody enters any more
 	d.waiters.Wait()
 }
 
 // Idle implements Session.
 func (d *Direct) Idle() <-chan struct{} {
-	idle := make(chan struct{})
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.life.Err() != nil {
-		close(idle)
-		return idle
+		return atOnce
 	}
 	if d.pulls == 0 {
 		return d.cfg.Control.Idle()
 	}
+	idle := make(chan struct{})
 	d.waiters.Go(func() {
 		defer close(idle)
 		d.waitIdle()
@@ -200,11 +351,8 @@ func (d *Direct) Idle() <-chan struct{} {
 // waitIdle returns when neither we nor the peer have anything under way, or the session ends.
 func (d *Direct) waitIdle() {
 	for {
-		d.mu.Lock()
-		quiet := d.quiet
-		d.mu.Unlock()
 		select {
-		case <-quiet:
+		case <-d.silence():
 		case <-d.life.Done():
 			return
 		}
@@ -222,53 +370,78 @@ func (d *Direct) waitIdle() {
 	}
 }
 
+// atOnce is a channel that has been closed.
+var atOnce = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
+// silence returns a channel that is closed as soon as no pull is under way.
+func (d *Direct) silence() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.pulls == 0 {
+		return atOnce
+	}
+	if d.quiet == nil {
+		d.quiet = make(chan struct{})
+	}
+	return d.quiet
+}
+
 func (d *Direct) enter() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.life.Err() != nil {
 		return status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", context.Cause(d.life))
 	}
-	if d.pulls++; d.pulls == 1 {
-		d.quiet = make(chan struct{})
-	}
+	d.pulls++
 	return nil
 }
 
 func (d *Direct) leave() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.pulls--; d.pulls == 0 {
+	if d.pulls--; d.pulls == 0 && d.quiet != nil {
 		close(d.quiet)
+		d.quiet = nil
 	}
 }
 
-// keyOf says under which key an answer may be kept. An id is never given again, so what it means ends with its generation. Other keys
-// can be bound anew while the generation that they led to lives on: the owner is asked each time.
-func keyOf(req *Request) (knownKey, bool) {
+// blocksID is the request id that stands for the blocks cache of a model (a BlocksCacheKey).
+const blocksID = math.MaxUint64
+
+// keyOf says under which key an answer may be kept, and which name of the cache has to hold on for that. An id is never given again, so
+// what it means ends with its generation; the key of a blocks cache can be taken over by another cache, which the directory shows. For
+// any other key the owner is asked each time.
+func keyOf(req *Request) (knownKey, directory.Name, bool) {
 	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0}
-	return k, req.Key.Kind == KeyCache && req.Key.CacheID > 0
+	switch {
+	case req.Key.Kind == KeyCache && req.Key.CacheID > 0:
+		return k, directory.Name{}, true
+	case req.Key.Kind == KeyNormal && req.Key.ID == blocksID:
+		return k, directory.Name{ByKey: true, Model: req.Key.Model}, true
+	}
+	return k, directory.Name{}, false
 }
 
 // recall returns what a key was resolved to, where that is still what it means.
-func (d *Direct) recall(req *Request) (Resolved, bool) {
-	k, ok := keyOf(req)
+func (d *Direct) recall(req *Request) (found, bool) {
+	k, name, ok := keyOf(req)
 	if !ok {
-		return Resolved{}, false
+		return found{}, false
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	known, ok := d.known[k]
-	if ok && !d.cfg.Directory.Named(known.Generation) {
+	if ok && !d.cfg.Directory.Named(known.place.Ref, name) {
 		delete(d.known, k)
-		return Resolved{}, false
+		return found{}, false
 	}
 	return known, ok
 }
 
 // remember keeps an answer that holds nothing. A cache whose key is consumed by a pull may lose the key, never get one, so that what
 // needs no lease now needs none later.
-func (d *Direct) remember(req *Request, r Resolved) {
-	k, ok := keyOf(req)
+func (d *Direct) remember(req *Request, f found) {
+	k, _, ok := keyOf(req)
 	if !ok {
 		return
 	}
@@ -277,87 +450,66 @@ func (d *Direct) remember(req *Request, r Resolved) {
 	if len(d.known) >= maxKnown {
 		clear(d.known)
 	}
-	d.known[k] = r
+	d.known[k] = f
 }
 
-// route is what one pull needs to know where its bytes are.
-type route struct {
-	segments []plan.Segment
-	moves    []mem.Move
+// plan lists what is to be copied.
+func (p *reading) plan(f *found) (err error) {
+	p.req.Plan.SrcBatch = f.Batch
+	p.segments, err = plan.Build(&p.req.Plan, f.Shape, p.req.Local, p.segments)
+	return err
 }
 
-var routes = sync.Pool{New: func() any { return new(route) }}
-
-// keepSegments bounds what the pool keeps of a route: 2.5 MiB. A larger one is rare and goes to the garbage collector.
-const keepSegments = 1 << 16
-
-// move plans, reads, and looks whether what was read is what was resolved.
-func (d *Direct) move(ctx context.Context, req *Request, local Local, r Resolved) error {
-	if len(local.Addrs) != int(req.Local.Tensors) {
-		return status.Newf(status.ParamInvalid, status.StageCheck, "%d addresses for %d tensors", len(local.Addrs), req.Local.Tensors)
-	}
-	shape, addrs, live := d.cfg.Directory.Lookup(r.Generation)
-	if !live {
+// read copies all segments and looks whether what was read is what was resolved.
+func (p *reading) read(ctx context.Context, f *found) error {
+	if f.place.Addrs == nil {
 		return errStale
 	}
-	if shape != r.Shape || len(addrs) != int(shape.Tensors) {
-		return status.New(status.Failed, status.StageCheck, "the owner's answer and its directory differ").
-			Hinting("run the same version on both ends")
-	}
-	way := routes.Get().(*route)
-	defer way.recycle()
-	req.Plan.SrcBatch = r.Batch
-	segments, err := plan.Build(&req.Plan, shape, req.Local, way.segments)
-	way.segments = segments
-	if err != nil {
-		return err
-	}
-	err = d.read(ctx, way, addrs, local.Addrs)
-	if !d.cfg.Directory.Live(r.Generation) {
-		return errStale // whatever the read said: it may have failed because of this
+	err := p.copy(ctx, f)
+	if !p.direct.cfg.Directory.Live(f.place.Ref) {
+		return errStale // whatever the copy said: it may have failed because of this
 	}
 	return err
 }
 
-func (way *route) recycle() {
-	if cap(way.segments) <= keepSegments {
-		routes.Put(way)
-	}
-}
-
-// read copies all segments, a batch at a time.
-func (d *Direct) read(ctx context.Context, way *route, src, dst []uintptr) error {
-	for next, done := 0, uint64(0); next < len(way.segments); {
+// copy copies all segments, a batch at a time.
+func (p *reading) copy(ctx context.Context, f *found) error {
+	cfg := &p.direct.cfg
+	src, dst := f.place.Addrs, p.local.Addrs
+	access := Access{From: f.place.Space, Into: p.local.Backing}
+	for next, done := 0, uint64(0); next < len(p.segments); {
 		if ctx.Err() != nil {
-			return Ended(ctx)
+			return p.stopped(ctx)
 		}
-		way.moves = way.moves[:0]
-		for left := d.cfg.BatchBytes; left > 0 && next < len(way.segments) && len(way.moves) < maxBatchMoves; {
-			g := &way.segments[next]
+		p.moves = p.moves[:0]
+		left := cfg.BatchBytes
+		for left > 0 && next < len(p.segments) && len(p.moves) < maxBatchMoves {
+			g := &p.segments[next]
 			m := mem.Move{
 				Dst:   dst[g.DstTensor] + uintptr(g.DstOffset+done),
 				Src:   src[g.SrcTensor] + uintptr(g.SrcOffset+done),
 				Bytes: min(g.Bytes-done, left),
 			}
-			way.moves = append(way.moves, m)
+			p.moves = append(p.moves, m)
 			left -= m.Bytes
 			if done += m.Bytes; done == g.Bytes {
 				next, done = next+1, 0
 			}
 		}
-		if err := d.cfg.Reader.Read(ctx, way.moves); err != nil {
-			return readFailed(ctx, err)
+		if err := cfg.Reader.Read(ctx, access, p.moves, cfg.BatchBytes-left); err != nil {
+			if ctx.Err() != nil {
+				return p.stopped(ctx)
+			}
+			return readFailed(err)
 		}
 	}
 	return nil
 }
 
-func readFailed(ctx context.Context, err error) error {
+func readFailed(err error) error {
 	var known *status.Error
 	switch {
-	case ctx.Err() != nil:
-		return Ended(ctx)
-	case errors.As(err, &known):
+	case errors.Is(err, ErrNoAccess), errors.As(err, &known):
 		return err
 	case errors.Is(err, unix.EFAULT):
 		return status.Newf(status.ParamInvalid, status.StageTransfer, "memory of a cache is not mapped any more: %w", err).
@@ -366,6 +518,44 @@ func readFailed(ctx context.Context, err error) error {
 	return status.Newf(status.Failed, status.StageTransfer, "peer died or unlinked: %w", err)
 }
 
+// stopped says why ctx has ended.
+func (p *reading) stopped(ctx context.Context) error {
+	if _, inline := ctx.(*bounded); !inline {
+		return Ended(ctx)
+	}
+	switch {
+	case p.direct.life.Err() != nil:
+		return Ended(p.direct.life)
+	case !p.deadline.IsZero() && !time.Now().Before(p.deadline):
+		return deadlinePassed()
+	}
+	return errPaused
+}
+
+// bounded is a reading as the context of its Advance: it ends with the session, or when the time is over. A context of the standard
+// library would have to be allocated.
+type bounded reading
+
+// Deadline implements context.Context.
+func (b *bounded) Deadline() (time.Time, bool) { return b.limit, true }
+
+// Done implements context.Context, as far as it can without a timer: it is closed with the session.
+func (b *bounded) Done() <-chan struct{} { return b.direct.life.Done() }
+
+// Err implements context.Context.
+func (b *bounded) Err() error {
+	if err := b.direct.life.Err(); err != nil {
+		return err
+	}
+	if !time.Now().Before(b.limit) {
+		return context.DeadlineExceeded
+	}
+	return nil
+}
+
+// Value implements context.Context.
+func (b *bounded) Value(any) any { return nil }
+
 // Ended says what a context's end means for a transfer: the end of the session, a deadline, or a cancel.
 func Ended(ctx context.Context) error {
 	var known *status.Error
@@ -373,9 +563,13 @@ func Ended(ctx context.Context) error {
 	case errors.As(cause, &known):
 		return known
 	case errors.Is(cause, context.DeadlineExceeded):
-		return status.New(status.Timeout, status.StageTransfer, "the deadline has passed").
-			Hinting("the link stays usable; raise llm.SyncKvCacheWaitTime or look at the peer")
+		return deadlinePassed()
 	default:
 		return status.Newf(status.Failed, status.StageTransfer, "the call was cancelled: %w", cause)
 	}
+}
+
+func deadlinePassed() error {
+	return status.New(status.Timeout, status.StageTransfer, "the deadline has passed").
+		Hinting("the link stays usable; raise llm.SyncKvCacheWaitTime or look at the peer")
 }

@@ -5,6 +5,8 @@ package transport_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -13,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/llm-datadist-open/llm-datadist/core/directory"
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
@@ -34,6 +37,11 @@ type peer struct {
 	read       func(ctx context.Context, moves []mem.Move) error
 	closed     []error
 	idle       chan struct{}
+	model      uint64 // the model whose blocks key leads to the cache
+	hidden     bool   // nothing is in the directory
+	access     transport.Access
+	streamed   int
+	stream     error // what a streamed pull says
 }
 
 func newPeer(shape plan.Shape) *peer {
@@ -67,36 +75,51 @@ func (l lease) Abandon()                      { l.abandoned++ }
 func (p *peer) Close(cause error)     { p.closed = append(p.closed, cause) }
 func (p *peer) Idle() <-chan struct{} { return p.idle }
 
-func (p *peer) Lookup(generation uint64) (plan.Shape, []uintptr, bool) {
-	if !p.Live(generation) {
-		return plan.Shape{}, nil, false
+func (p *peer) Lookup(generation uint64) (directory.Located, bool) {
+	ref := directory.Ref{Generation: generation}
+	if p.hidden || !p.Live(ref) {
+		return directory.Located{}, false
 	}
 	var addrs []uintptr
 	for i := range p.shape.Tensors {
 		addrs = append(addrs, 1<<40*uintptr(i+1))
 	}
-	return p.shape, addrs, true
+	return directory.Located{Ref: ref, Shape: p.shape, Addrs: addrs, Space: directory.Private}, true
 }
 
-func (p *peer) Live(generation uint64) bool {
+func (p *peer) Live(ref directory.Ref) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	_, ok := p.live[generation]
+	_, ok := p.live[ref.Generation]
 	return ok
 }
 
-func (p *peer) Named(generation uint64) bool {
+func (p *peer) Named(ref directory.Ref, name directory.Name) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.live[generation]
+	return p.live[ref.Generation] && (!name.ByKey || name.Model == p.model)
 }
 
-func (p *peer) Read(ctx context.Context, moves []mem.Move) error {
+func (p *peer) Read(ctx context.Context, access transport.Access, moves []mem.Move, total uint64) error {
+	p.access = access
+	var sum uint64
+	for _, m := range moves {
+		sum += m.Bytes
+	}
+	if sum != total {
+		return errors.New("the total is wrong")
+	}
 	p.reads = append(p.reads, append([]mem.Move(nil), moves...))
 	if p.read != nil {
 		return p.read(ctx, moves)
 	}
 	return nil
+}
+
+// Pull makes the peer a session that streams.
+func (p *peer) Pull(context.Context, *transport.Request, transport.Local) error {
+	p.streamed++
+	return p.stream
 }
 
 func (p *peer) session() *transport.Direct {
@@ -138,17 +161,17 @@ func TestDirectReadsThePlanInSmallBatches(t *testing.T) {
 }
 
 func TestDirectBoundsTheMovesOfABatch(t *testing.T) {
-	p := newPeer(plan.Shape{Kind: plan.Blocks, Tensors: 1, TensorBytes: 8 * 5000, Stride: 8, Count: 5000})
+	p := newPeer(plan.Shape{Kind: plan.Blocks, Tensors: 1, TensorBytes: 8 * 140_000, Stride: 8, Count: 140_000})
 	req, local := request(transport.KeyNormal)
 	req.Local, local.Addrs = p.shape, local.Addrs[:1]
-	for i := range uint64(2500) {
+	for i := range uint64(70_000) {
 		req.Plan.SrcBlocks, req.Plan.DstBlocks = append(req.Plan.SrcBlocks, 2*i), append(req.Plan.DstBlocks, 2*i)
 	}
 	require.ErrorIs(t, p.session().Pull(context.Background(), req, local), status.CacheNotExist, "blocks have no row 1")
 	d := transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: p})
 	require.NoError(t, d.Pull(context.Background(), req, local))
-	require.Len(t, p.reads, 3)
-	require.Len(t, p.reads[0], mem.MaxSpans)
+	require.Len(t, p.reads, 2)
+	require.Len(t, p.reads[0], 1<<16)
 }
 
 // rowZero is a peer whose keys mean row 0.
@@ -410,3 +433,162 @@ func TestDirectIsIdleWhenNeitherEndHasAnythingUnderWay(t *testing.T) {
 		require.True(t, isIdle(d.Idle()))
 	})
 }
+
+// blocksRequest is a pull of some blocks by the key of model 3.
+func blocksRequest(p *peer) (*transport.Request, transport.Local) {
+	p.shape = plan.Shape{Kind: plan.Blocks, Tensors: 2, TensorBytes: 8 << 10, Stride: 1 << 10, Count: 8}
+	p.model = 3
+	req, local := request(transport.KeyNormal)
+	req.Key = transport.Key{Kind: transport.KeyNormal, ID: math.MaxUint64, Model: 3}
+	req.Plan.SrcBlocks, req.Plan.DstBlocks, req.Local = []uint64{3, 5}, []uint64{0, 7}, p.shape
+	return req, local
+}
+
+func TestDirectKeepsABlocksKeyUntilItIsTakenOver(t *testing.T) {
+	p := newPeer(shape)
+	req, local := blocksRequest(p)
+	d := transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: p})
+	for range 3 {
+		require.NoError(t, d.Pull(context.Background(), req, local))
+	}
+	require.Equal(t, 1, p.resolved)
+	p.model, p.generation, p.live[2] = 4, 2, true // another cache has the key; the first one lives on under its id
+	require.NoError(t, d.Pull(context.Background(), req, local))
+	require.Equal(t, 2, p.resolved)
+}
+
+func TestDirectStreamsWhatItCanNotRead(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(p *peer)
+	}{
+		{"not in the directory", func(p *peer) { p.hidden = true }},
+		{"no access", func(p *peer) {
+			p.read = func(context.Context, []mem.Move) error { return fmt.Errorf("refused: %w", transport.ErrNoAccess) }
+		}},
+	} {
+		p := newPeer(shape)
+		p.consumes = true
+		c.change(p)
+		d := transport.NewDirect(transport.DirectConfig{Control: p, Directory: p, Reader: p, Stream: p})
+		require.NoError(t, pull(d, transport.KeyNormal), c.name)
+		require.Equal(t, []int{1, 1, 0}, []int{p.streamed, p.abandoned, p.confirmed}, c.name)
+		p.stream = status.New(status.CacheNotExist, status.StageLookup, "gone")
+		require.ErrorIs(t, pull(d, transport.KeyNormal), status.CacheNotExist, c.name)
+		alone := transport.NewDirect(transport.DirectConfig{Control: p, Directory: p, Reader: p})
+		require.Error(t, pull(alone, transport.KeyNormal), "%s, and nobody who streams", c.name)
+	}
+}
+
+// inline is a session over p that makes small pulls at once.
+func inline(p *peer) *transport.Direct {
+	return transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: p, InlineBytes: 1 << 20, BatchBytes: 1 << 30})
+}
+
+func begin(t *testing.T, d *transport.Direct, deadline time.Time, req *transport.Request, local transport.Local) transport.Operation {
+	op, err := d.Begin(deadline, req, local)
+	require.NoError(t, err)
+	return op
+}
+
+func TestDirectAdvancesWhereTheKeyIsKnown(t *testing.T) {
+	p := newPeer(shape)
+	req, local := blocksRequest(p)
+	local.Backing = mem.BackingAnonymous
+	d := inline(p)
+	op := begin(t, d, time.Time{}, req, local)
+	require.False(t, op.Advance(time.Minute), "the owner has to be asked")
+	require.False(t, op.Advance(time.Minute))
+	require.Empty(t, p.reads)
+	require.NoError(t, op.Finish(context.Background()))
+	require.Len(t, p.reads, 1)
+
+	op = begin(t, d, time.Now().Add(time.Minute), req, local)
+	require.True(t, op.Advance(time.Minute))
+	require.True(t, op.Advance(time.Minute))
+	require.NoError(t, op.Finish(context.Background()))
+	require.Len(t, p.reads, 2)
+	require.Equal(t, p.reads[0], p.reads[1])
+	require.Equal(t, transport.Access{From: directory.Private, Into: mem.BackingAnonymous}, p.access)
+	require.Equal(t, 1, p.resolved)
+
+	req.Plan.Size = 7 // nothing that a pull of blocks has; refused where all checks are
+	req.Plan.DstBlocks = []uint64{9, 9}
+	op = begin(t, d, time.Time{}, req, local)
+	require.False(t, op.Advance(time.Minute))
+	require.ErrorIs(t, op.Finish(context.Background()), status.ParamInvalid)
+	d.Close(errors.New("closed"))
+}
+
+func TestDirectLeavesWhatTakesLongToFinish(t *testing.T) {
+	p := newPeer(shape)
+	d := inline(p)
+	require.NoError(t, pull(d, transport.KeyCache))
+	req, local := request(transport.KeyCache)
+	op := begin(t, d, time.Time{}, req, local)
+	require.False(t, op.Advance(time.Minute), "6 MiB")
+	require.Len(t, p.reads, 1)
+	require.NoError(t, op.Finish(context.Background()))
+	require.Len(t, p.reads, 2)
+}
+
+func TestDirectEndsWhileItAdvances(t *testing.T) {
+	cause := status.New(status.Failed, status.StageTransfer, "peer died: silent")
+	for _, c := range []struct {
+		name     string
+		deadline time.Duration
+		during   func(d *transport.Direct)
+		ended    bool
+		code     status.Code
+	}{
+		{"its time is over", time.Hour, func(*transport.Direct) {
+			time.Sleep(2 * time.Second) // virtual time
+		}, false, status.Success},
+		{"the deadline passes", time.Second, func(*transport.Direct) {
+			time.Sleep(2 * time.Second) // virtual time
+		}, true, status.Timeout},
+		{"the session ends", time.Hour, func(d *transport.Direct) {
+			go d.Close(cause)
+			synctest.Wait()
+		}, true, status.Failed},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			p := newPeer(shape)
+			req, local := blocksRequest(p)
+			d := inline(p)
+			require.NoError(t, d.Pull(context.Background(), req, local))
+			p.read = func(ctx context.Context, _ []mem.Move) error {
+				p.read = nil
+				require.NoError(t, ctx.Err())
+				c.during(d)
+				require.Error(t, ctx.Err())
+				return ctx.Err()
+			}
+			op := begin(t, d, time.Now().Add(c.deadline), req, local)
+			require.Equal(t, c.ended, op.Advance(time.Second), c.name)
+			require.Equal(t, c.code, status.CodeOf(op.Finish(context.Background())), c.name)
+		})
+	}
+}
+
+func TestDirectAllocatesNothingForAKnownKey(t *testing.T) {
+	if raced {
+		t.Skip("counts allocations")
+	}
+	p := newPeer(shape)
+	req, local := blocksRequest(p)
+	d := transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: silent{}, InlineBytes: 1 << 20})
+	require.NoError(t, d.Pull(context.Background(), req, local))
+	deadline := time.Now().Add(time.Hour)
+	require.Zero(t, testing.AllocsPerRun(100, func() {
+		op, err := d.Begin(deadline, req, local)
+		if err != nil || !op.Advance(time.Second) || op.Finish(context.Background()) != nil {
+			panic("the pull failed")
+		}
+	}))
+}
+
+// silent reads nothing.
+type silent struct{}
+
+func (silent) Read(context.Context, transport.Access, []mem.Move, uint64) error { return nil }

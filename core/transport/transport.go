@@ -43,7 +43,8 @@ type Request struct {
 
 // Local is the initiator's memory: one base address a tensor of Request.Local. The caller holds it for the whole call.
 type Local struct {
-	Addrs []uintptr
+	Addrs   []uintptr
+	Backing mem.Backing // how it may be written
 }
 
 // Session moves bytes over one link. Its methods may be called from many goroutines.
@@ -66,12 +67,17 @@ type Beginner interface {
 	Begin(deadline time.Time, req *Request, local Local) (Operation, error)
 }
 
-// Operation is a pull under way. Finish is called exactly once.
+// Explainer is a session that has something to say of how it works.
+type Explainer interface {
+	// Explain returns lines for explain. It never blocks.
+	Explain() []string
+}
+
+// Operation is a pull under way. Advance may be called any number of times, then Finish exactly once; the two never at once.
 type Operation interface {
-	// Done is closed when the bytes have arrived, or it has failed: nothing writes into local memory any more.
-	Done() <-chan struct{}
-	// Quick says, after Done, that Finish does not wait for the peer.
-	Quick() bool
+	// Advance works on the operation, or waits for it, on the calling goroutine, for about wait at most. True: it has ended, nothing
+	// writes into local memory any more, and Finish does not wait for the peer.
+	Advance(wait time.Duration) bool
 	// Finish waits for the rest of the operation, which ends when ctx ends, and returns as Pull does.
 	Finish(ctx context.Context) error
 }

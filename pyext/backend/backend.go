@@ -96,19 +96,27 @@ func Open(handle int64, clusterID uint64, options, environment string) error {
 
 // Engine returns the engine of a handle, or ParamInvalid: the documented answer to calls after finalize.
 func Engine(handle int64) (*engine.Engine, error) {
+	e, _, err := engineOf(handle)
+	return e, err
+}
+
+// engineOf returns the engine of a handle and its deadline for transfers.
+func engineOf(handle int64) (*engine.Engine, time.Duration, error) {
 	state.mu.Lock()
 	defer state.mu.Unlock()
-	if e := state.engines[handle]; e != nil {
-		return e, nil
+	if e, ok := state.engines[handle]; ok {
+		return e, state.timeouts[handle], nil
 	}
-	return nil, status.New(status.ParamInvalid, status.StageCheck, "the engine was finalized").Hinting("call init again")
+	return nil, 0, status.New(status.ParamInvalid, status.StageCheck, "the engine was finalized").Hinting("call init again")
 }
 
 // Timeout returns an engine's deadline for transfers.
 func Timeout(handle int64) time.Duration {
-	state.mu.Lock()
-	defer state.mu.Unlock()
-	return state.timeouts[handle]
+	_, timeout, err := engineOf(handle)
+	if err != nil {
+		return 0 // the call that follows says so
+	}
+	return timeout
 }
 
 // Close finalizes the engine of a handle. An unknown one is fine. Calls that are under way end first, in failure.
@@ -150,31 +158,54 @@ func Start(number int64, wait, timeout time.Duration, run func(ctx context.Conte
 	return Wait(number, wait)
 }
 
-// StartPull starts a pull as Start does. Most pulls end within the first wait: they are waited for on the calling thread itself, since
-// handing them to another one and back costs as much as a small transfer.
+// calls recycles what a pull is described with.
+var calls = sync.Pool{New: func() any { return new(engine.PullCall) }}
+
+// NewPull returns a description to fill in for StartPull. What its block lists had room for is there to be used again.
+func NewPull() *engine.PullCall { return calls.Get().(*engine.PullCall) }
+
+// keepBlocks bounds what is kept of block lists: 512 KiB each.
+const keepBlocks = 1 << 16
+
+// EndPull takes a description back.
+func EndPull(call *engine.PullCall) {
+	if cap(call.Plan.SrcBlocks) <= keepBlocks && cap(call.Plan.DstBlocks) <= keepBlocks {
+		calls.Put(call)
+	}
+}
+
+// StartPull starts a pull as Start does, and takes call over. Most pulls end within the first wait: they are made on the calling thread
+// itself, since handing them to another one and back costs as much as a small transfer.
 func StartPull(number, handle int64, wait time.Duration, call *engine.PullCall) (result int64) {
 	defer func() {
 		if r := recover(); r != nil {
 			result = Fail(number, Panicked(r))
 		}
 	}()
-	e, err := Engine(handle)
+	e, timeout, err := engineOf(handle)
 	if err != nil {
 		return Fail(number, err)
 	}
-	deadline := time.Now().Add(Timeout(handle))
+	began := time.Now()
+	deadline := began.Add(timeout)
 	p, err := e.BeginPull(deadline, call)
 	if err != nil {
 		return Fail(number, err)
 	}
-	if done := p.Done(); done != nil && closed(done, min(wait, time.Until(deadline))) && p.Quick() {
-		if err := p.Finish(context.Background()); err != nil {
+	if p.Advance(min(wait, timeout)) {
+		err := p.Finish(context.Background())
+		EndPull(call)
+		if err != nil {
 			return Fail(number, err)
 		}
 		return 0
 	}
 	const past = 1 // a deadline that has passed is one still
-	return Start(number, 0, max(past, time.Until(deadline)), func(ctx context.Context) (string, error) { return "", p.Finish(ctx) })
+	left := max(0, wait-time.Since(began))
+	return Start(number, left, max(past, time.Until(deadline)), func(ctx context.Context) (string, error) {
+		defer EndPull(call)
+		return "", p.Finish(ctx)
+	})
 }
 
 // finish says that an operation has ended. Where it was cancelled it is forgotten, since whoever cancelled it may have been interrupted

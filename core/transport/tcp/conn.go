@@ -28,6 +28,10 @@ type Conn struct {
 	poller  *poller
 	ended   atomic.Bool
 	endOnce sync.Once
+
+	mu        sync.Mutex // guards what follows
+	parked    bool
+	unwatched bool // nobody parked is woken by what comes
 }
 
 // NewConn takes over c, which must be a TCP connection, as a data connection. It takes c over in any case.
@@ -180,8 +184,27 @@ func (c *Conn) explained(err error) error {
 
 // Park implements transport.Conn.
 func (c *Conn) Park() {
-	if !c.ended.Load() {
-		c.poller.wait(c.fd, &c.ended)
+	c.mu.Lock()
+	roused := c.poller.list(c.fd, !c.unwatched)
+	c.parked = true
+	c.mu.Unlock()
+	if c.ended.Load() { // Shutdown may have come before fd was listed
+		c.poller.rouse(c.fd)
+	}
+	<-roused
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.parked = false
+	c.poller.unlist(c.fd)
+}
+
+// Watch says whether what comes is to wake who is parked, now and later. It is not where somebody else receives.
+func (c *Conn) Watch(on bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unwatched = !on
+	if c.parked {
+		c.poller.arm(c.fd, on)
 	}
 }
 

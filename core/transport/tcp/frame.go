@@ -38,10 +38,12 @@ const (
 	kindCancel    frameKind = 5 // initiator: nothing more is wanted
 	kindDone      frameKind = 6 // initiator: every byte has arrived; a: first tensor, b: tensors (all: flagAll)
 	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before
+	kindJoin      frameKind = 8 // initiator: an operation that was asked for on another connection may use this one too
 )
 
 const (
 	flagResolve = 1 // request: only the entry is wanted, no bytes
+	flagOneLane = 2 // request: everything is to come on the connection that brings it
 	flagAll     = 1 // done: every tensor of the cache
 )
 
@@ -80,7 +82,7 @@ func parseHeader(b []byte) (h header, err error) {
 	case kindRequest, kindEntry:
 	case kindFail:
 		limit = maxCause
-	case kindCancel, kindDone, kindConfirmed:
+	case kindCancel, kindDone, kindConfirmed, kindJoin:
 		limit = 0
 	default:
 		return h, protocolError("a frame of an unknown kind")

@@ -174,7 +174,7 @@ func FuzzSession(f *testing.F) {
 		s.cfg.Conns[0].(*held).letGo()
 		<-broken
 		_ = s.wait(context.Background(), p)
-		s.forget(p)
+		s.forget(p, p.id)
 		s.Close(errClosed)
 		o.verify(t)
 		require.Empty(t, s.serves)

@@ -3,19 +3,15 @@
 package tcp
 
 import (
-	"errors"
-	"runtime"
 	"sync"
-	"time"
-
-	"golang.org/x/sys/unix"
+	"sync/atomic"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
-	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
-// A lane is one data connection with the two goroutines that drive it.
+// A lane is one data connection with the two goroutines that drive it. Receiving is a role: the lane's goroutine has it, or a caller
+// who waits for a small pull (see lead).
 type lane struct {
 	session *Session
 	index   int
@@ -33,18 +29,22 @@ type lane struct {
 	sendMu sync.Mutex // whoever holds it drives the sending side: tx
 	tx     sending
 
-	rx receiving // the receiving goroutine's own
+	turn    chan struct{} // holds the receiving role while nobody has it
+	callers atomic.Int32  // callers who wait for the role
+	rx      receiving     // whoever has the role works on it
+
+	polling atomic.Bool // who receives looks at poked before it sleeps
+	poked   atomic.Bool // there is something to send
 }
 
 // Where things lie in a lane's fixed buffer.
 const (
 	txHeaderAt  = 0
 	txTrailerAt = txHeaderAt + headerBytes
-	rxTrailerAt = 64 // directly before the header, so that one span takes both
-	rxHeaderAt  = rxTrailerAt + trailerBytes
 	txEntryAt   = 128
-	rxBodyAt    = 256
+	rxAt        = 256 // what was received and is not a data frame's payload
 	fixedBytes  = 4096
+	rxBytes     = fixedBytes - rxAt
 )
 
 // scratchBytes is the size of the memory that takes what nobody wants.
@@ -63,214 +63,28 @@ func newLane(s *Session, index int, conn transport.Conn, seat seat) (*lane, erro
 	if err != nil {
 		return nil, err
 	}
-	return &lane{session: s, index: index, conn: conn, seat: seat, fixed: fixed, wake: make(chan struct{}, 1)}, nil
+	l := &lane{session: s, index: index, conn: conn, seat: seat, fixed: fixed, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1)}
+	l.turn <- struct{}{}
+	return l, nil
 }
 
-// release frees what the lane owns. Its goroutines have ended.
+// release frees what the lane owns, once nobody receives any more. Its goroutines have ended.
 func (l *lane) release() {
+	<-l.turn // and nobody gets it after this
 	l.queueMu.Lock()
 	for _, f := range l.queue {
 		_ = f.buffer.Free() // see Session.Close
 	}
 	l.queue, l.released = nil, true
 	l.queueMu.Unlock()
+	l.dropSpace()
+	l.rx.drop()
 	_ = l.fixed.Free()
 	_ = l.conn.Close() // the stream has been shut down: nothing is lost with an error here
 }
 
 func (l *lane) span(at, bytes int) mem.Span {
 	return mem.Span{Addr: l.fixed.Addr() + uintptr(at), Bytes: uint64(bytes)}
-}
-
-// receiving is the state of the receiving side between frames.
-type receiving struct {
-	have    int // bytes of the next header that have arrived already
-	space   *workspace
-	scratch *mem.Buffer
-	request transport.Request
-}
-
-func (l *lane) receiveLoop() {
-	defer l.session.workers.Done()
-	l.seat.take()
-	defer l.seat.leave()
-	for {
-		if err := l.receiveFrame(); err != nil {
-			l.dropSpace()
-			l.session.broke(err)
-			return
-		}
-	}
-}
-
-func (l *lane) receiveFrame() error {
-	for l.rx.have < headerBytes {
-		n, err := l.await(l.span(rxHeaderAt+l.rx.have, headerBytes-l.rx.have))
-		if err != nil {
-			return err
-		}
-		l.rx.have += n
-	}
-	l.rx.have = 0
-	h, err := parseHeader(l.fixed.Bytes()[rxHeaderAt : rxHeaderAt+headerBytes])
-	if err != nil {
-		return err
-	}
-	if h.kind == kindData {
-		return l.receiveData(h)
-	}
-	return l.receiveControl(h)
-}
-
-// defaultSpin is how long a receiver polls before it sleeps in the system call: waking a sleeper on an idle core costs tens of
-// microseconds, and frames of one operation follow each other closely.
-const defaultSpin = 50 * time.Microsecond
-
-// idleRounds is how many waits of MaxWaitMillis pass before a lane is parked.
-const idleRounds = 1
-
-// await receives at least one byte of the next header: first polling, then sleeping, then parked.
-func (l *lane) await(into mem.Span) (int, error) {
-	spans := [1]mem.Span{into}
-	spin := l.session.cfg.Spin
-	if spin == 0 {
-		spin = defaultSpin
-	}
-	for start := time.Now(); ; {
-		if n, err := l.conn.TryReceive(spans[:]); n > 0 || err != nil {
-			return n, err
-		}
-		if time.Since(start) > spin {
-			break
-		}
-		runtime.Gosched() // whom the last frame has woken runs now, on this thread, instead of waiting for another to wake up
-	}
-	for rounds := 0; ; rounds++ {
-		if rounds >= idleRounds {
-			l.dropSpace()
-			l.seat.leave() // a parked connection has no thread
-			l.conn.Park()
-			l.seat.take()
-		}
-		if n, err := l.conn.Receive(spans[:]); n > 0 || err != nil {
-			return n, err
-		}
-	}
-}
-
-func (l *lane) takeSpace() []mem.Span {
-	if l.rx.space == nil {
-		l.rx.space = spaces.Get().(*workspace)
-	}
-	return l.rx.space.spans[:0]
-}
-
-func (l *lane) dropSpace() {
-	l.rx.request = transport.Request{} // its block lists can have megabytes
-	if l.rx.space != nil {
-		spaces.Put(l.rx.space)
-		l.rx.space = nil
-	}
-	if l.rx.scratch != nil {
-		_ = l.rx.scratch.Free() // see Session.Close
-		l.rx.scratch = nil
-	}
-}
-
-// scratch returns memory for bytes that nobody wants.
-func (l *lane) scratch() (mem.Span, error) {
-	if l.rx.scratch == nil {
-		b, err := newBuffer(scratchBytes)
-		if err != nil {
-			return mem.Span{}, err
-		}
-		l.rx.scratch = b
-	}
-	return mem.Span{Addr: l.rx.scratch.Addr(), Bytes: scratchBytes}, nil
-}
-
-// receiveData places one data frame, or drains it where its operation has ended.
-func (l *lane) receiveData(h header) error {
-	op, err := l.session.placing(h)
-	if err != nil {
-		return err
-	}
-	length := uint64(h.length)
-	for done := uint64(0); done < length+trailerBytes; {
-		n, err := l.receivePart(op, h.a, done, length)
-		if errors.Is(err, unix.EFAULT) && op != nil {
-			op.end(status.New(status.ParamInvalid, status.StageTransfer, "the destination's memory is not mapped or not writable").
-				Hinting("keep registered memory mapped until unregister_cache has returned"))
-			err = nil
-		}
-		if err != nil {
-			return err
-		}
-		done += uint64(n)
-		if done > length+trailerBytes {
-			l.rx.have = int(done - length - trailerBytes)
-		}
-	}
-	if op != nil {
-		trailer := reader{b: l.fixed.Bytes()[rxTrailerAt : rxTrailerAt+trailerBytes]}
-		if trailer.u64() == 0 {
-			l.session.placed(op, length)
-		}
-	}
-	return nil
-}
-
-// receivePart makes one system call for stream bytes [offset+done, offset+length), the trailer and the next header. It never reads past
-// that header. An operation is entered for the length of this one call only, so that whoever ends it waits for no more than that.
-func (l *lane) receivePart(op *pull, offset, done, length uint64) (int, error) {
-	spans := l.takeSpace()
-	covered := uint64(0)
-	if done < length {
-		if op != nil && op.enter() {
-			defer op.exit()
-			spans, covered = op.stream.spans(spans, mem.MaxSpans-1, offset+done, length-done)
-		} else {
-			waste, err := l.scratch()
-			if err != nil {
-				return 0, err
-			}
-			for covered < length-done && len(spans) < mem.MaxSpans-1 {
-				waste.Bytes = min(scratchBytes, length-done-covered)
-				spans = append(spans, waste)
-				covered += waste.Bytes
-			}
-		}
-	}
-	if done+covered >= length {
-		past := int(max(done, length) - length) // bytes of the trailer that are here already
-		spans = append(spans, l.span(rxTrailerAt+past, trailerBytes-past+headerBytes))
-	}
-	return l.conn.Receive(spans)
-}
-
-// receiveControl takes a frame with a body that belongs into our own memory.
-func (l *lane) receiveControl(h header) error {
-	body := l.fixed.Bytes()[rxBodyAt:]
-	at := l.fixed.Addr() + rxBodyAt
-	if int(h.length) > len(body) {
-		buffer, err := newBuffer(int(h.length))
-		if err != nil {
-			return err
-		}
-		defer func() { _ = buffer.Free() }() // see Session.Close
-		body, at = buffer.Bytes(), buffer.Addr()
-	}
-	body = body[:h.length]
-	spans := [1]mem.Span{}
-	for got := 0; got < len(body); {
-		spans[0] = mem.Span{Addr: at + uintptr(got), Bytes: uint64(len(body) - got)}
-		n, err := l.conn.Receive(spans[:])
-		if err != nil {
-			return err
-		}
-		got += n
-	}
-	return l.handle(h, body)
 }
 
 // maxAnswers bounds the answers that wait on a lane until the peer reads. Each operation that it may have open costs at most one, so
@@ -295,6 +109,8 @@ func (l *lane) handle(h header, body []byte) error {
 		return s.done(l, h)
 	case kindConfirmed:
 		s.confirmed(h)
+	case kindJoin:
+		l.push()
 	}
 	return nil
 }

@@ -4,7 +4,6 @@ package tcp
 
 import (
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -106,18 +105,39 @@ func (p *poller) run() {
 	}
 }
 
-// wait returns when fd is readable, closed by its peer, or roused. ended is looked at after fd is listed, so that no rouse is missed.
-func (p *poller) wait(fd int, ended *atomic.Bool) {
+// list returns a channel that is closed when fd is roused and, where it is watched, when it is readable or closed by its peer.
+func (p *poller) list(fd int, watched bool) <-chan struct{} {
 	roused := make(chan struct{})
 	p.mu.Lock()
 	p.parked[fd] = roused
 	p.mu.Unlock()
-	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLONESHOT, Fd: int32(fd)}
-	if err := unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, fd, &event); err != nil || ended.Load() {
+	event := eventOf(fd, watched)
+	if err := unix.EpollCtl(p.epoll, unix.EPOLL_CTL_ADD, fd, &event); err != nil {
 		p.rouse(fd)
 	}
-	<-roused
+	return roused
+}
+
+// arm changes whether a listed fd is watched.
+func (p *poller) arm(fd int, watched bool) {
+	event := eventOf(fd, watched)
+	if err := unix.EpollCtl(p.epoll, unix.EPOLL_CTL_MOD, fd, &event); err != nil {
+		p.rouse(fd)
+	}
+}
+
+// unlist undoes list.
+func (p *poller) unlist(fd int) {
+	p.rouse(fd)
 	_ = unix.EpollCtl(p.epoll, unix.EPOLL_CTL_DEL, fd, nil) // ENOENT where adding had failed
+}
+
+func eventOf(fd int, watched bool) unix.EpollEvent {
+	event := unix.EpollEvent{Events: unix.EPOLLONESHOT, Fd: int32(fd)} // errors are told of in any case
+	if watched {
+		event.Events |= unix.EPOLLIN | unix.EPOLLRDHUP
+	}
+	return event
 }
 
 // rouse wakes who is parked on fd, if anybody.

@@ -14,35 +14,82 @@ import (
 )
 
 // pull is one operation of ours. Its bytes are placed by the lanes, each of which enters it for one system call at a time; when it has
-// ended nobody enters any more, and the caller waits until the last one has left.
+// ended nobody enters any more, and the caller waits until the last one has left. Pulls are used again: who has found one by its number
+// names that number when it takes the lock.
 type pull struct {
-	id      uint64
+	session *Session
 	lane    *lane // carries the request and what follows it
 	req     *transport.Request
 	resolve bool // only the entry is wanted
+	led     bool // its caller may receive: all of it comes on its lane
+	gone    bool // the caller's: left was seen
+	barred  bool // the caller's: its lane has failed
 	stream  *stream
+	timer   *time.Timer // the caller's; stopped between its waits
 
-	done  chan struct{} // closed when the operation has ended
-	left  chan struct{} // closed when it has ended and no lane is inside
+	left  chan struct{} // gets a value when the operation has ended and no lane is inside
 	acked chan status.Code
 
 	planMu sync.Mutex // held while the plan is built, so that two entries build it once
 
 	mu      sync.Mutex // guards what follows
+	id      uint64
 	planned bool
 	entry   entry
 	placed  uint64 // bytes whose trailer was good
 	inside  int    // lanes that are in a system call on our memory
 	ended   bool
+	over    bool // left has its value
 	told    bool // the owner knows that it has ended
 	err     error
 }
 
-// enter lets a lane touch the operation's memory until exit. It returns false when the operation has ended.
-func (p *pull) enter() bool {
+// sparePulls bounds the pulls that a session keeps to use them again: a few callers' worth.
+const sparePulls = 16
+
+// newPull returns a pull with the next number.
+func (s *Session) newPull() *pull {
+	id := s.next.Add(1)
+	s.mu.Lock()
+	var p *pull
+	if n := len(s.spare); n > 0 {
+		p, s.spare = s.spare[n-1], s.spare[:n-1]
+	}
+	s.mu.Unlock()
+	if p == nil {
+		p = &pull{session: s, left: make(chan struct{}, 1), acked: make(chan status.Code, 1), timer: time.NewTimer(forever)}
+		p.timer.Stop()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.ended {
+	p.id, p.lane, p.stream = id, s.lanes[id%uint64(len(s.lanes))], newStream(false)
+	return p
+}
+
+// recycle gives the pull back. It is off the table, over, and its caller is done with it.
+func (p *pull) recycle() {
+	p.stream.recycle()
+	for len(p.acked) > 0 {
+		<-p.acked
+	}
+	p.mu.Lock()
+	p.id, p.lane, p.req, p.stream, p.err, p.placed, p.entry = 0, nil, nil, nil, nil, 0, entry{}
+	p.resolve, p.led, p.gone, p.barred = false, false, false, false
+	p.planned, p.ended, p.over, p.told = false, false, false, false
+	p.mu.Unlock()
+	s := p.session
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.spare) < sparePulls {
+		s.spare = append(s.spare, p)
+	}
+}
+
+// enter lets a lane touch the memory of operation id until exit. It returns false when the operation has ended.
+func (p *pull) enter(id uint64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.id != id || p.ended {
 		return false
 	}
 	p.inside++
@@ -53,9 +100,22 @@ func (p *pull) exit() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.inside--
-	if p.ended && p.inside == 0 {
-		close(p.left)
+	p.leave()
+}
+
+// leave tells the caller when the operation is over. The caller of leave holds mu.
+func (p *pull) leave() {
+	if p.ended && p.inside == 0 && !p.over {
+		p.over = true
+		p.left <- struct{}{}
 	}
+}
+
+// isOver reports that the operation has ended and nothing touches its memory any more.
+func (p *pull) isOver() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.over
 }
 
 // end ends the operation once, with its result. It never waits.
@@ -65,15 +125,21 @@ func (p *pull) end(err error) {
 	p.endLocked(err)
 }
 
+// endAs is end for one who knows the operation by its number.
+func (p *pull) endAs(id uint64, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.id == id {
+		p.endLocked(err)
+	}
+}
+
 func (p *pull) endLocked(err error) {
 	if p.ended {
 		return
 	}
 	p.ended, p.err = true, err
-	close(p.done)
-	if p.inside == 0 {
-		close(p.left)
-	}
+	p.leave()
 }
 
 // Pull copies what req names into local. See transport.Session.
@@ -86,7 +152,7 @@ func (s *Session) Pull(ctx context.Context, req *transport.Request, local transp
 	if err != nil {
 		return err
 	}
-	return underway{s, p}.Finish(ctx)
+	return (*underway)(p).Finish(ctx)
 }
 
 // Begin implements transport.Beginner.
@@ -95,33 +161,35 @@ func (s *Session) Begin(deadline time.Time, req *transport.Request, local transp
 	if err != nil {
 		return nil, err
 	}
-	return underway{s, p}, nil
+	return (*underway)(p), nil
 }
 
 // underway is a pull that was begun and not yet finished.
-type underway struct {
-	session *Session
-	pull    *pull
+type underway pull
+
+// Advance implements transport.Operation.
+func (u *underway) Advance(wait time.Duration) bool {
+	p := (*pull)(u)
+	return p.await(context.Background(), time.Now().Add(wait)) && p.quick()
 }
 
-// Done implements transport.Operation.
-func (u underway) Done() <-chan struct{} { return u.pull.left }
-
-// Quick implements transport.Operation.
-func (u underway) Quick() bool {
-	u.pull.mu.Lock()
-	defer u.pull.mu.Unlock()
-	return u.pull.err != nil || !u.pull.entry.consumes
+// quick says of an operation whose bytes have arrived, or that has failed, that nothing more is to be asked of the owner.
+func (p *pull) quick() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err != nil || !p.entry.consumes
 }
 
 // Finish implements transport.Operation.
-func (u underway) Finish(ctx context.Context) error {
-	defer u.session.forget(u.pull)
-	if err := u.session.wait(ctx, u.pull); err != nil {
+func (u *underway) Finish(ctx context.Context) error {
+	p := (*pull)(u)
+	s := p.session
+	defer s.forget(p, p.id)
+	if err := s.wait(ctx, p); err != nil {
 		return err
 	}
-	if u.pull.entry.consumes {
-		return u.session.confirm(ctx, u.pull)
+	if p.entry.consumes {
+		return s.confirm(ctx, p)
 	}
 	return nil
 }
@@ -136,11 +204,13 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "the request has %d bytes, more than a control frame of %d", length, maxBody).
 			Hinting("split the block lists over several calls")
 	}
-	id := s.next.Add(1)
-	p := &pull{id: id, lane: s.lanes[id%uint64(len(s.lanes))], req: req, resolve: flags&flagResolve != 0,
-		stream: newStream(false), done: make(chan struct{}), left: make(chan struct{}), acked: make(chan status.Code, 1)}
+	p := s.newPull()
+	p.req, p.resolve = req, flags&flagResolve != 0
 	p.stream.addrs = append(p.stream.addrs[:0], local.Addrs...)
-	h := header{kind: kindRequest, flags: flags, length: uint32(length), operation: id, a: requestMillis(deadline)}
+	if p.led = p.resolve || len(s.lanes) == 1 || wantedBytes(req) <= stripeAbove; p.led {
+		flags |= flagOneLane
+	}
+	h := header{kind: kindRequest, flags: flags, length: uint32(length), operation: p.id, a: requestMillis(deadline)}
 	f, body, err := s.newFrame(h)
 	if err != nil {
 		return nil, err
@@ -152,10 +222,39 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 		s.putBuffer(f.buffer)
 		return nil, status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", cause)
 	}
-	s.pulls[id] = p
+	s.pulls[p.id] = p
 	s.mu.Unlock()
+	s.open.Add(1)
+	s.asked.Add(1)
 	p.lane.enqueue(f)
+	if !p.led {
+		s.join(p)
+	}
 	return p, nil
+}
+
+// wantedBytes is about how much a request asks for.
+func wantedBytes(req *transport.Request) float64 {
+	each := float64(req.Local.Stride)
+	switch {
+	case len(req.Plan.DstBlocks) > 0:
+		each *= float64(len(req.Plan.DstBlocks))
+	case req.Plan.Size >= 0:
+		each = float64(req.Plan.Size)
+	}
+	if req.Plan.DstTensors.All {
+		return each * float64(req.Local.Tensors)
+	}
+	return each * float64(req.Plan.DstTensors.Count)
+}
+
+// join has the owner's receivers of the other lanes woken while it plans: they send their part themselves.
+func (s *Session) join(p *pull) {
+	for _, l := range s.lanes {
+		if l != p.lane {
+			s.tell(l, header{kind: kindJoin, operation: p.id})
+		}
+	}
 }
 
 // noDeadline is what the owner is told where the caller has none: an hour.
@@ -168,14 +267,100 @@ func requestMillis(deadline time.Time) uint64 {
 	return deadlineMillis(time.Until(deadline))
 }
 
+// await works on the operation, or waits for it, until it is over (true), ctx ends or until has come. One caller at a time.
+func (p *pull) await(ctx context.Context, until time.Time) bool {
+	if !p.gone && p.mayLead(time.Until(until)) {
+		select {
+		case <-p.left:
+			p.gone = true
+		case <-p.lane.turn:
+			p.lead(ctx, until)
+		default:
+		}
+	}
+	if !p.gone && p.session.cfg.Spin > 0 {
+		p.spin(ctx, until)
+	}
+	for !p.gone {
+		if !p.sleep(ctx, until) {
+			return false
+		}
+	}
+	return true
+}
+
+// mayLead reports whether the caller may receive when it has so long to wait.
+func (p *pull) mayLead(wait time.Duration) bool { return p.led && !p.barred && wait >= leastLead }
+
+func (p *pull) lead(ctx context.Context, until time.Time) {
+	p.barred = p.lane.lead(ctx, p, until) != nil
+	p.lastLook()
+}
+
+// spin looks whether the operation is over for as long as it may without sleeping.
+func (p *pull) spin(ctx context.Context, until time.Time) {
+	for since := time.Now(); p.session.polls(since) && ctx.Err() == nil && time.Now().Before(until); yield() {
+		select {
+		case <-p.left:
+			p.gone = true
+			return
+		default:
+		}
+	}
+}
+
+// sleep waits until something has happened, and returns false when it was ctx or until.
+func (p *pull) sleep(ctx context.Context, until time.Time) bool {
+	wait := time.Until(until)
+	p.timer.Reset(wait)
+	defer p.timer.Stop()
+	turn := p.lane.turn
+	if p.mayLead(wait) {
+		p.lane.callers.Add(1)
+		defer p.lane.callers.Add(-1)
+	} else {
+		turn = nil
+	}
+	select {
+	case <-p.left:
+		p.gone = true
+	case <-turn:
+		p.lead(ctx, until)
+	case <-ctx.Done():
+		return p.lastLook()
+	case <-p.timer.C:
+		return p.lastLook()
+	}
+	return true
+}
+
+// lastLook sees an operation that is over when the wait has ended too.
+func (p *pull) lastLook() bool {
+	select {
+	case <-p.left:
+		p.gone = true
+	default:
+	}
+	return p.gone
+}
+
+// forever is later than any wait.
+const forever = 1 << 40 * time.Microsecond
+
 // wait returns when the operation has ended and nothing of it touches local memory any more.
 func (s *Session) wait(ctx context.Context, p *pull) error {
-	select {
-	case <-p.done:
-	case <-ctx.Done():
-		p.end(transport.Ended(ctx))
+	until, bounded := ctx.Deadline()
+	if !bounded {
+		until = time.Now().Add(forever)
 	}
-	<-p.left
+	for !p.await(ctx, until) {
+		if ctx.Err() == nil {
+			<-ctx.Done() // the timer was a little earlier
+		}
+		p.end(transport.Ended(ctx))
+		<-p.left
+		p.gone = true
+	}
 	p.mu.Lock()
 	err, told := p.err, p.told
 	p.mu.Unlock()
@@ -204,15 +389,23 @@ func (s *Session) confirm(ctx context.Context, p *pull) error {
 	return nil
 }
 
-// forget takes the operation off the table. What still arrives for it is drained.
-func (s *Session) forget(p *pull) {
+// forget takes the operation off the table. What still arrives for it is drained. Only the first call does something: a lease may be
+// confirmed and then abandoned.
+func (s *Session) forget(p *pull, id uint64) {
 	s.mu.Lock()
-	listed := s.pulls[p.id] == p
-	delete(s.pulls, p.id)
-	s.wakeIdle()
+	listed := s.pulls[id] == p
+	if listed {
+		delete(s.pulls, id)
+		s.open.Add(-1)
+		s.asked.Add(-1)
+		s.wakeIdle()
+	}
 	s.mu.Unlock()
-	if listed { // a lease may be confirmed and then abandoned; two operations must never share a stream
-		p.stream.recycle()
+	if listed {
+		if p.planned && p.entry.total > 0 {
+			s.planned.Add(-1)
+		}
+		p.recycle()
 	}
 }
 
@@ -222,36 +415,58 @@ func (s *Session) pulling(operation uint64) *pull {
 	return s.pulls[operation]
 }
 
-// placing returns the operation of a data frame, or nil where it has ended.
-func (s *Session) placing(h header) (*pull, error) {
+// entering returns the operation, entered, or nil where it has ended.
+func (s *Session) entering(operation uint64) *pull {
+	if p := s.pulling(operation); p != nil && p.enter(operation) {
+		return p
+	}
+	return nil
+}
+
+// leads reports that an operation's caller may receive.
+func (s *Session) leads(operation uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.pulls[operation]
+	return p != nil && p.led
+}
+
+// mayPlace checks the header of a data frame. One whose operation has ended is drained, whatever it says.
+func (s *Session) mayPlace(h header) error {
 	p := s.pulling(h.operation)
 	if p == nil {
-		return nil, nil
+		return nil
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
-	case p.ended:
-		return nil, nil
+	case p.id != h.operation, p.ended:
+		return nil
 	case !p.planned:
-		return nil, protocolError("data before its entry")
+		return protocolError("data before its entry")
 	case h.a > p.entry.total || uint64(h.length) > p.entry.total-h.a:
-		return nil, protocolError("data beyond the end of its operation")
+		return protocolError("data beyond the end of its operation")
 	}
-	return p, nil
+	return nil
 }
 
-// placed counts bytes whose frame is whole.
-func (s *Session) placed(p *pull, bytes uint64) {
+// placed counts bytes whose frame is whole, and reports that their operation's caller may receive.
+func (s *Session) placed(operation, bytes uint64) (led bool) {
+	p := s.pulling(operation)
+	if p == nil {
+		return false
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.ended {
-		return // it was drained, not placed
+	if p.id != operation || p.ended {
+		return false // it was drained, not placed
 	}
+	led = p.led
 	if p.placed += bytes; p.placed >= p.entry.total {
 		p.told = true
 		p.endLocked(nil)
 	}
+	return led
 }
 
 // entry takes an ENTRY frame: what the owner resolved. The first of an operation makes its plan.
@@ -260,8 +475,8 @@ func (s *Session) entry(h header, body []byte) error {
 	if err != nil {
 		return err
 	}
-	p := s.pulling(h.operation)
-	if p == nil || !p.enter() { // entered, so that the request stays ours while the plan is built
+	p := s.entering(h.operation) // so that the request stays ours while the plan is built
+	if p == nil {
 		return nil
 	}
 	defer p.exit()
@@ -283,6 +498,9 @@ func (s *Session) entry(h header, body []byte) error {
 		return nil
 	}
 	p.planned, p.entry = true, e
+	if e.total > 0 {
+		s.planned.Add(1)
+	}
 	if p.resolve {
 		p.told = true
 		p.endLocked(nil)
@@ -313,8 +531,10 @@ func (s *Session) failed(h header, body []byte) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.told = true
-	p.endLocked(refusal(h.a, body))
+	if p.id == h.operation {
+		p.told = true
+		p.endLocked(refusal(h.a, body))
+	}
 }
 
 // refusal reads what a FAIL frame says. The peer chooses among what we know: a status or a stage that we don't becomes the general one.
@@ -341,7 +561,9 @@ func refusal(code uint64, body []byte) *status.Error {
 
 // confirmed takes the answer to DONE.
 func (s *Session) confirmed(h header) {
-	if p := s.pulling(h.operation); p != nil {
+	s.mu.Lock()
+	defer s.mu.Unlock() // it stays this operation's while it is on the table
+	if p := s.pulls[h.operation]; p != nil {
 		select {
 		case p.acked <- status.Code(h.a):
 		default: // a second answer changes nothing

@@ -23,32 +23,34 @@ func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transpor
 		return transport.Resolved{}, err
 	}
 	if err := s.wait(ctx, p); err != nil {
-		s.forget(p)
+		s.forget(p, p.id)
 		return transport.Resolved{}, err
 	}
 	r := transport.Resolved{Generation: p.entry.generation, Shape: p.entry.shape, Batch: p.entry.batch}
 	if !p.entry.consumes {
-		s.forget(p)
+		s.forget(p, p.id)
 		return r, nil
 	}
-	r.Lease = granted{s, p}
+	r.Lease = granted{s, p, p.id, p.lane}
 	return r, nil
 }
 
 // granted is a resolved pull that the owner holds a lease for.
 type granted struct {
 	session *Session
-	pull    *pull
+	pull    *pull // until the lease was confirmed or abandoned
+	id      uint64
+	lane    *lane
 }
 
 // Confirm implements transport.Lease.
 func (l granted) Confirm(ctx context.Context) error {
-	defer l.session.forget(l.pull)
+	defer l.session.forget(l.pull, l.id)
 	return l.session.confirm(ctx, l.pull)
 }
 
 // Abandon implements transport.Lease.
 func (l granted) Abandon() {
-	defer l.session.forget(l.pull)
-	l.session.tell(l.pull.lane, header{kind: kindCancel, operation: l.pull.id})
+	defer l.session.forget(l.pull, l.id)
+	l.session.tell(l.lane, header{kind: kindCancel, operation: l.id})
 }

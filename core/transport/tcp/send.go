@@ -35,10 +35,8 @@ type sending struct {
 	scratch        *mem.Buffer
 }
 
-// answers reports that a frame is said because of a frame of the peer's.
-func (f *frame) answers() bool {
-	return f.kind == kindEntry || f.kind == kindFail || f.kind == kindConfirmed
-}
+// answers reports that such a frame is said because of a frame of the peer's.
+func (k frameKind) answers() bool { return k == kindEntry || k == kindFail || k == kindConfirmed }
 
 // unread is how many answers wait until the peer reads.
 func (l *lane) unread() int {
@@ -72,7 +70,7 @@ func (l *lane) enqueue(f frame) {
 		return
 	}
 	l.queue = append(l.queue, f)
-	if f.answers() {
+	if f.kind.answers() {
 		l.answers++
 	}
 	l.queueMu.Unlock()
@@ -94,6 +92,13 @@ func (l *lane) push() {
 		l.rouse()
 	default:
 		l.session.broke(err)
+	}
+}
+
+// poke has what there is to send sent: by whoever polls the lane, or by the goroutine that sends.
+func (l *lane) poke() {
+	if l.poked.Store(true); !l.polling.Load() && l.poked.Swap(false) {
+		l.rouse()
 	}
 }
 
@@ -139,7 +144,7 @@ func (l *lane) stopSending() {
 }
 
 // pushBytes bounds what push sends: it runs on goroutines that have something else to do, such as receiving, or a caller's deadline.
-const pushBytes = maxFrame
+const pushBytes = 2 * maxFrame
 
 // pump sends what there is: control frames first, then a chunk of each operation in turn. The caller holds sendMu.
 // Without block it ends with errWouldBlock where the connection takes no more, or has taken enough.
@@ -172,7 +177,7 @@ func (l *lane) nextFrame() bool {
 	l.queueMu.Lock()
 	if len(l.queue) > 0 {
 		tx.control, tx.sent = l.queue[0], 0
-		if tx.control.answers() {
+		if tx.control.kind.answers() {
 			l.answers--
 		}
 		l.queue = slices.Delete(l.queue, 0, 1)

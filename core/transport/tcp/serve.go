@@ -115,7 +115,7 @@ func (v *serve) prepare(h header, req *transport.Request) error {
 	putEntry(v.entry[headerBytes:], &e)
 	v.expires = deadlineFrom(time.Now(), h.a).Add(leaseGrace)
 	v.chunk = maxFrame
-	if lanes := uint64(len(v.session.lanes)); v.total <= stripeAbove {
+	if lanes := uint64(len(v.session.lanes)); v.total <= stripeAbove || h.flags&flagOneLane != 0 {
 		v.pinned = v.lane
 	} else {
 		v.chunk = min(maxFrame, max(leastChunk, (v.total/(2*lanes)+4095)&^4095))
@@ -137,6 +137,7 @@ func (s *Session) admit(v *serve) error {
 		return nil
 	}
 	s.serves[v.id] = v
+	s.open.Add(1)
 	v.timer = time.AfterFunc(time.Until(v.expires), v.expire)
 	if v.total > 0 {
 		s.sending = append(s.sending, v)
@@ -168,7 +169,7 @@ func (s *Session) pushAll(v *serve) {
 	if v.pinned == nil {
 		for _, other := range s.lanes {
 			if other != v.lane {
-				other.rouse()
+				other.poke()
 			}
 		}
 	}
@@ -240,6 +241,7 @@ func (v *serve) mayRest() bool {
 	}
 	v.settled = true
 	delete(v.session.serves, v.id)
+	v.session.open.Add(-1)
 	v.session.segments -= len(v.stream.segments)
 	v.session.unlist(v)
 	v.session.wakeIdle()

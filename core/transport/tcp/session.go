@@ -31,7 +31,9 @@ import (
 type Config struct {
 	Conns []transport.Conn // one or more; the session takes them over
 	Owner transport.Owner  // answers the peer's requests
-	Spin  time.Duration    // how long a receiver polls before it sleeps; 0: defaultSpin; below 0: not at all, as virtual time needs it
+	// Spin is how long one who waits polls before it sleeps; 0: defaultSpin; below 0: not at all, as virtual time needs it. Where nothing
+	// is under way nobody polls for more than a millisecond.
+	Spin time.Duration
 	// Broken is called once, before any call ends of it, when a connection has failed or the peer has broken the protocol. Close waits
 	// for it, so it must not call Close itself.
 	Broken func(cause error)
@@ -44,6 +46,7 @@ const leaseGrace = time.Second
 type Session struct {
 	cfg   Config
 	lanes []*lane
+	spin  time.Duration
 
 	closing chan struct{} // closed when the session is ending, by shut
 	workers sync.WaitGroup
@@ -51,11 +54,16 @@ type Session struct {
 	release sync.Once      // frees lanes and buffers, after the goroutines have ended
 	next    atomic.Uint64  // operation numbers, and by them the lane of a request
 
+	open    atomic.Int64 // operations, own and served
+	asked   atomic.Int64 // own operations
+	planned atomic.Int64 // of these, those that data frames may come for
+
 	planning sync.Mutex // one plan of the peer's is built at a time, so that what they take together is bounded (maxSegments)
 
 	mu       sync.Mutex // guards what follows
 	cause    error      // why the session has ended; nil while it works
 	pulls    map[uint64]*pull
+	spare    []*pull // to use again
 	serves   map[uint64]*serve
 	segments int      // of all served operations
 	sending  []*serve // operations that still have chunks to claim, in turn
@@ -69,6 +77,9 @@ func NewSession(cfg Config) (*Session, error) {
 		return nil, status.New(status.ParamInvalid, status.StageCheck, "a session without a data connection")
 	}
 	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}}
+	if s.spin = cfg.Spin; s.spin == 0 {
+		s.spin = defaultSpin
+	}
 	seats := seatsFor(cfg.Conns, runtime.NumCPU())
 	for i, conn := range cfg.Conns {
 		l, err := newLane(s, i, conn, seats[i])
@@ -119,7 +130,7 @@ func (s *Session) shut(cause error, broken func(error)) {
 	}
 	s.cause = cause
 	close(s.closing)
-	pulls, serves := slices.Collect(maps.Values(s.pulls)), slices.Collect(maps.Values(s.serves))
+	pulls, serves := maps.Clone(s.pulls), slices.Collect(maps.Values(s.serves))
 	if broken != nil {
 		s.breaks.Add(1) // under mu: a Close that comes second waits for it
 	}
@@ -131,8 +142,8 @@ func (s *Session) shut(cause error, broken func(error)) {
 	for _, l := range s.lanes {
 		l.conn.Shutdown()
 	}
-	for _, p := range pulls {
-		p.end(cause)
+	for id, p := range pulls {
+		p.endAs(id, cause)
 	}
 	for _, v := range serves {
 		v.abandon()

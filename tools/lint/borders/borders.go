@@ -34,7 +34,7 @@ var mayImport = map[string][]string{
 	"core/plan":          {"core/mem", "core/status"},
 	"core/directory":     {"core/plan", "core/mem", "core/status"},
 	"core/cache":         {"core/directory", "core/plan", "core/mem", "core/status"},
-	"core/transport":     {"core/plan", "core/mem", "core/status"},
+	"core/transport":     {"core/directory", "core/plan", "core/mem", "core/status"},
 	"core/transport/...": {"core/transport", "core/transport/...", "core/directory", "core/plan", "core/mem", "core/status"},
 	"core/link":          {"core/transport", "core/transport/...", "core/directory", "core/plan", "core/mem", "core/status"},
 	"core/engine":        {"core/..."},
