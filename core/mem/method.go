@@ -2,7 +2,12 @@
 
 package mem
 
-import "golang.org/x/sys/unix"
+import (
+	"fmt"
+	"runtime/debug"
+
+	"golang.org/x/sys/unix"
+)
 
 // Method copies a part of a list of moves.
 type Method interface {
@@ -16,7 +21,7 @@ type Method interface {
 const streamTotal = 256 << 10
 
 // Stores returns the method that copies with stores of our own: plain or streaming, whichever was measured to be faster for total
-// bytes. The caller guarantees that all memory is mapped and can't vanish.
+// bytes. Memory that is not there, on either end, is an error that is unix.EFAULT.
 func Stores(total uint64) Method {
 	if total >= streamTotal && haveStreams && Calibrate().prefersStreams() {
 		return streamingStores{}
@@ -62,7 +67,8 @@ func (p *pieces) following() uintptr {
 
 type plainStores struct{}
 
-func (plainStores) Copy(moves []Move, offset, bytes uint64) error {
+func (plainStores) Copy(moves []Move, offset, bytes uint64) (err error) {
+	defer catchFault(debug.SetPanicOnFault(true), &err)
 	part := pieces{moves, offset, bytes}
 	for piece, ok := part.next(copyChunk); ok; piece, ok = part.next(copyChunk) {
 		copy(View(piece.Dst, piece.Bytes), View(piece.Src, piece.Bytes))
@@ -72,7 +78,8 @@ func (plainStores) Copy(moves []Move, offset, bytes uint64) error {
 
 type streamingStores struct{}
 
-func (streamingStores) Copy(moves []Move, offset, bytes uint64) error {
+func (streamingStores) Copy(moves []Move, offset, bytes uint64) (err error) {
+	defer catchFault(debug.SetPanicOnFault(true), &err)
 	part := pieces{moves, offset, bytes}
 	for piece, ok := part.next(copyChunk); ok; piece, ok = part.next(copyChunk) {
 		stream(piece, part.following())
@@ -81,6 +88,22 @@ func (streamingStores) Copy(moves []Move, offset, bytes uint64) error {
 	// which order streaming stores as this does.
 	streamFence()
 	return nil
+}
+
+// catchFault is deferred around stores and loads of memory that a caller may have taken away although it is registered. The runtime turns
+// the fault of this goroutine into a panic, and this one into an error that is unix.EFAULT; was is what debug.SetPanicOnFault had been.
+func catchFault(was bool, err *error) {
+	debug.SetPanicOnFault(was)
+	switch fault := recover().(type) {
+	case nil:
+	case interface {
+		error
+		Addr() uintptr
+	}:
+		*err = fmt.Errorf("memory at %#x is not there: %w", fault.Addr(), unix.EFAULT)
+	default:
+		panic(fault)
+	}
 }
 
 type kernelCopy struct{}

@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"runtime/debug"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -114,4 +116,37 @@ func TestMethodsAllocateNothing(t *testing.T) {
 		require.Zero(t, testing.AllocsPerRun(100, func() { _ = method.Copy(moves, 1, 9*page) }), name)
 	}
 	require.Zero(t, testing.AllocsPerRun(100, func() { _, _ = Stores(5), Stores(1<<30) }))
+}
+
+func TestStoresOutlastMemoryThatIsTakenAway(t *testing.T) {
+	const pages = 64
+	size := pages * os.Getpagesize()
+	take := func(gone bool) ([]byte, uintptr) {
+		region, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		require.NoError(t, err)
+		if gone {
+			require.NoError(t, unix.Mprotect(region[size/2:], unix.PROT_NONE))
+		}
+		t.Cleanup(func() { require.NoError(t, unix.Munmap(region)) })
+		return region, addressOf(region)
+	}
+	_, wholeAt := take(false)
+	_, halfAt := take(true)
+	for name, method := range map[string]Method{"plain": plainStores{}, "streaming": streamingStores{}} {
+		for _, m := range []Move{{Dst: halfAt, Src: wholeAt, Bytes: uint64(size)}, {Dst: wholeAt, Src: halfAt, Bytes: uint64(size)}} {
+			err := method.Copy([]Move{m}, 0, m.Bytes)
+			require.ErrorIs(t, err, unix.EFAULT, name)
+			var at uintptr
+			_, scanned := fmt.Sscanf(err.Error(), "memory at %v is not there", &at)
+			require.NoError(t, scanned, err)
+			require.True(t, at >= halfAt+uintptr(size/2) && at < halfAt+uintptr(size), "%s: %#x", name, at)
+			require.False(t, debug.SetPanicOnFault(false), "as it was")
+		}
+		crew := newCrew(t, 2)
+		moves := make([]Move, 50)
+		for i := range moves {
+			moves[i] = Move{Dst: halfAt, Src: wholeAt, Bytes: uint64(size)}
+		}
+		require.ErrorIs(t, crew.Copy(t.Context(), moves, 50*uint64(size), method), unix.EFAULT, name)
+	}
 }
