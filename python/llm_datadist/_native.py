@@ -28,6 +28,8 @@ from .utils import log
 _ENVIRONMENT = "LLM_DATADIST_"  # how the engine's environment variables begin
 WAIT_MILLIS = 100  # the longest time in which a signal is not seen
 _RUNNING = 1
+_WORD_BYTES = 8
+_PULL_BYTES = 14 * _WORD_BYTES  # the parameters of PullStart
 
 _numbers = itertools.count(1)  # of operations and engines: drawn here, so that one is known before its call starts
 _load_lock = threading.Lock()  # guards _extension and _fork_is_watched
@@ -387,10 +389,13 @@ class Engine:
         result = self._usable().pyext_KeyRemove(self._handle, signed(key_id), signed(model_id), prefix)
         self._short("remove_cache_key", result)
 
-    def pull(self, operation: str, params: array[int], src: int, src_count: int, dst: int, dst_count: int) -> None:
-        """Pull. params has the 14 words that pyext.PullStart names; src and dst are addresses of packed block ids."""
+    def pull(self, operation: str, words: array[int], src_count: int, dst_count: int) -> None:
+        """Pull. words has the parameters that pyext.PullStart names, then the source's blocks, then the local ones."""
         self._usable()
-        call(operation, self._pull, self._handle, WAIT_MILLIS, params.buffer_info()[0], src, src_count, dst, dst_count)
+        params = words.buffer_info()[0]
+        src = params + _PULL_BYTES
+        dst = src + _WORD_BYTES * src_count
+        call(operation, self._pull, self._handle, WAIT_MILLIS, params, src, src_count, dst, dst_count)
 
     def copy_cache(self, dst: int, src: int, dst_batch: int, src_batch: int, offset: int, size: int) -> None:
         start = self._usable().pyext_CopyCacheStart

@@ -7,14 +7,16 @@ GIL, ends within its deadline, and touches nothing any more when it has returned
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from .._blocks import PackedBlocks, pack_blocks
+from .._blocks import ID_BYTES, pack_blocks
 from ..llm_datadist_wrapper import calc_tensor_size
 from ..status import LLMStatusCode, raise_if_false, raise_if_true
 from ..utils.utils import (
+    UINT32_MAX,
     UINT64_MAX,
     check_dict,
     check_int64,
@@ -30,8 +32,15 @@ __all__ = ["CacheManager"]
 _CONTIGUOUS, _BLOCKS = 1, 2  # kinds of caches
 _NORMAL_KEY, _PREFIX_KEY, _ID_KEY = 1, 2, 3  # kinds of keys
 _WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's complement
-_NO_BLOCKS = PackedBlocks(array("q"))
 _DEFAULT_PER_LAYER = 2
+_KEYS = (CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
+_ALL_TENSORS = -1, 0  # the first one, how many
+# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the blocks.
+_pack_ends = struct.Struct("QqQQ5q").pack  # ids are unsigned
+_pack_ends_as_bits = struct.Struct("9Q").pack
+_pack_layers = struct.Struct("5q").pack
+_pack_two_blocks = struct.Struct("2q").pack
+_ALL_LAYERS = _pack_layers(*_ALL_TENSORS, *_ALL_TENSORS, _DEFAULT_PER_LAYER)
 # Their addresses come back in an array that is made before the pool is asked: 128 MiB, for a pool of 16 GiB at least.
 _MOST_TENSORS = 1 << 24
 
@@ -199,6 +208,10 @@ class CacheManager:
         LLM_KV_CACHE_NOT_EXIST, LLM_NOT_YET_LINK, LLM_TIMEOUT (after sync_kv_timeout; the link stays usable), LLM_FAILED where
         the peer died, LLM_PARAM_INVALID. After the return or the exception nothing is written any more.
         """
+        packed = None if kwargs else self._pack_ordinary_row(cache_key, cache, batch_index, size)
+        if packed is not None:
+            self._engine.pull("pull_cache", array("Q", packed), 0, 0)
+            return
         one_sided = self._enable_remote_cache_accessible
         check_isinstance(
             "cache_key", cache_key, CacheKeyByIdAndIndex if one_sided else [CacheKey, CacheKeyByIdAndIndex]
@@ -211,7 +224,27 @@ class CacheManager:
         per_layer = _per_layer(kwargs)
         if isinstance(cache_key, CacheKey):
             self.check_cache_key(cache_key)
-        self._pull("pull_cache", cache_key, cache, batch_index, size, per_layer, kwargs, _NO_BLOCKS, _NO_BLOCKS)
+        self._pull("pull_cache", cache_key, cache, batch_index, size, per_layer, kwargs, b"", b"")
+
+    def _pack_ordinary_row(self, key: Any, cache: Any, batch_index: Any, size: Any) -> bytes | None:
+        """Pack the pull of a row if all checks would pass, in as few steps as that takes; None where that is not plain to see."""
+        if not (
+            type(cache) is Cache
+            and not cache._is_blocks_cache
+            and type(batch_index) is type(size) is int
+            and 0 <= batch_index <= UINT32_MAX
+            and (size == -1 or size > 0)
+        ):
+            return None
+        if type(key) is CacheKey:
+            if self._enable_remote_cache_accessible or (key._req_id == UINT64_MAX) == (key._prefix_id == UINT64_MAX):
+                return None
+        elif type(key) is not CacheKeyByIdAndIndex:
+            return None
+        try:
+            return _pack_ends(key._cluster_id, *_name(key), cache._cache_id, batch_index, size) + _ALL_LAYERS
+        except struct.error:  # out of range
+            return None
 
     def pull_blocks(
         self,
@@ -227,18 +260,23 @@ class CacheManager:
         of the row goes to block i. Block lists may also be one-dimensional buffers of int64, uint64 or int32. Keywords and
         exceptions as pull_cache.
         """
-        check_isinstance("src_cache_key", src_cache_key, [CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey])
-        check_isinstance("dst_cache", dst_cache, Cache)
+        packed = None if kwargs else _pack_ordinary_block(src_cache_key, dst_cache, src_blocks, dst_blocks)
+        if packed is not None:
+            self._engine.pull("pull_blocks", array("Q", packed), 1, 1)
+            return
+        if not (type(src_cache_key) in _KEYS and type(dst_cache) is Cache):  # most calls need neither
+            check_isinstance("src_cache_key", src_cache_key, _KEYS)
+            check_isinstance("dst_cache", dst_cache, Cache)
         src, dst = pack_blocks("src_blocks", src_blocks), pack_blocks("dst_blocks", dst_blocks)
         raise_if_false(dst_cache.is_blocks_cache, "pull_blocks takes a blocks cache only")
-        raise_if_false(dst.count, "dst_blocks should not be empty")
+        raise_if_false(dst, "dst_blocks should not be empty")
         per_layer = _per_layer(kwargs)
         if isinstance(src_cache_key, BlocksCacheKey):
-            raise_if_false(src.count, "src_blocks should not be empty with a BlocksCacheKey")
+            raise_if_false(src, "src_blocks should not be empty with a BlocksCacheKey")
         else:
             if isinstance(src_cache_key, CacheKey):
                 self.check_cache_key(src_cache_key)
-            raise_if_true(src.count, "src_blocks should be empty unless the key is a BlocksCacheKey")
+            raise_if_true(src, "src_blocks should be empty unless the key is a BlocksCacheKey")
         self._pull("pull_blocks", src_cache_key, dst_cache, 0, -1, per_layer, kwargs, src, dst)
 
     def _pull(
@@ -250,32 +288,24 @@ class CacheManager:
         size: int,
         per_layer: int,
         kwargs: dict[str, Any],
-        src: PackedBlocks,
-        dst: PackedBlocks,
+        src: bytes,
+        dst: bytes,
     ) -> None:
-        src_first, src_count = _tensors("src_layer_range", kwargs, per_layer)
-        dst_first, dst_count = _tensors("dst_layer_range", kwargs, per_layer)
-        kind, key_id, model_id, cache_id, key_batch = _name(key)
-        params = array(
-            "Q",
-            (
-                key.cluster_id & _WORD,
-                kind,
-                key_id & _WORD,
-                model_id & _WORD,
-                cache_id & _WORD,
-                key_batch,
-                cache.cache_id & _WORD,
-                batch_index,
-                size & _WORD,
-                src_first & _WORD,
-                src_count,
-                dst_first & _WORD,
-                dst_count,
-                per_layer,
-            ),
-        )
-        self._engine.pull(operation, params, src.address, src.count, dst.address, dst.count)
+        layers = _ALL_LAYERS
+        if kwargs:
+            src_tensors = _tensors("src_layer_range", kwargs, per_layer)
+            dst_tensors = _tensors("dst_layer_range", kwargs, per_layer)
+            layers = _pack_layers(*src_tensors, *dst_tensors, per_layer)
+        name = _name(key)
+        numbers = (key.cluster_id, *name, cache.cache_id, batch_index, size)
+        try:
+            ends = _pack_ends(*numbers)
+        except struct.error:  # of a number that a subclass has made up the low 64 bits count
+            ends = _pack_ends_as_bits(*[number & _WORD for number in numbers])
+        words = array("Q", ends + layers)
+        words.frombytes(src)
+        words.frombytes(dst)
+        self._engine.pull(operation, words, len(src) // ID_BYTES, len(dst) // ID_BYTES)
 
     def copy_cache(
         self,
@@ -331,9 +361,7 @@ class CacheManager:
     def check_cache_key(cache_key: CacheKey) -> None:
         """Raise LLMException unless exactly one of req_id and prefix_id is valid."""
         by_request, by_prefix = is_valid_id(cache_key.req_id), is_valid_id(cache_key.prefix_id)
-        raise_if_false(
-            by_request != by_prefix, "exactly one of req_id and prefix_id of {} should be valid", repr(cache_key)
-        )
+        raise_if_false(by_request != by_prefix, "exactly one of req_id and prefix_id of {!r} should be valid", cache_key)
 
 
 def check_swap(src: CacheDesc, dst: CacheDesc, src_to_dst: dict[int, int]) -> tuple[int, array[int]]:
@@ -353,6 +381,26 @@ def check_swap(src: CacheDesc, dst: CacheDesc, src_to_dst: dict[int, int]) -> tu
         "exactly one of the caches should be Placement.HOST, the other Placement.DEVICE",
     )
     return block_bytes, array("q", [block for pair in src_to_dst.items() for block in pair])
+
+
+def _pack_ordinary_block(key: Any, cache: Any, src_blocks: Any, dst_blocks: Any) -> bytes | None:
+    """Pack the pull of one block, as _pack_ordinary_row does that of a row."""
+    if not (
+        type(key) is BlocksCacheKey
+        and type(cache) is Cache
+        and cache._is_blocks_cache
+        and type(src_blocks) is type(dst_blocks) is list
+        and len(src_blocks) == len(dst_blocks) == 1
+    ):
+        return None
+    try:
+        src, dst = src_blocks[0], dst_blocks[0]
+        if not (type(src) is type(dst) is int and src >= 0 and dst >= 0):
+            return None
+        ends = _pack_ends(key._cluster_id, _NORMAL_KEY, UINT64_MAX, key._model_id, 0, 0, cache._cache_id, 0, -1)
+        return ends + _ALL_LAYERS + _pack_two_blocks(src, dst)
+    except (struct.error, IndexError):  # out of range; another thread has emptied a list
+        return None
 
 
 def _name(
