@@ -29,6 +29,9 @@ type PullCall struct {
 // Pull copies a peer's cache into a local one. Its deadline is that of ctx; the caller sets it from llm.SyncKvCacheWaitTime.
 // The checks are those of spec §8.5.2. When it has returned, nothing of it writes into the destination.
 func (e *Engine) Pull(ctx context.Context, call *PullCall) error {
+	if ctx.Err() != nil { // a pull that is begun may succeed before anybody looks
+		return status.From(transport.Ended(ctx), status.StageTransfer).At(call.Cluster, "")
+	}
 	deadline, _ := ctx.Deadline()
 	p, err := e.BeginPull(deadline, call)
 	if err != nil {
@@ -97,16 +100,16 @@ func (p *Pulling) Advance(wait time.Duration) bool {
 
 // Finish waits for the rest of the pull, which ends when ctx ends, and returns its result.
 func (p *Pulling) Finish(ctx context.Context) error {
-	var err error
+	defer p.release() // also where the transport panics
 	if p.operation != nil {
-		err = p.operation.Finish(ctx)
-	} else {
-		err = p.link.Session().Pull(ctx, &p.request, p.local)
+		return p.explained(p.operation.Finish(ctx))
 	}
-	err = p.explained(err)
+	return p.explained(p.link.Session().Pull(ctx, &p.request, p.local))
+}
+
+func (p *Pulling) release() {
 	p.use.Release()
 	p.recycle()
-	return err
 }
 
 // explained adds who the peer is; nil stays nil.

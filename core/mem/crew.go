@@ -57,14 +57,18 @@ func (c *Crew) Close() {
 // Copy copies moves, which are total bytes, by method: on the calling goroutine, and on as many helpers as pay off for total. The moves
 // are done in any order. It looks at ctx.Err() before each chunk of at most 1 MiB, and returns that or the first error of method; what
 // was copied until then stays copied. When it has returned nothing of it touches the memory any more. It allocates nothing.
-func (c *Crew) Copy(ctx context.Context, moves []Move, total uint64, method Method) error {
+func (c *Crew) Copy(ctx context.Context, moves []Move, total uint64, method Method) (err error) {
 	helpers := c.worth(total, method)
 	if helpers == 0 {
 		return copyAlone(ctx, moves, total, method)
 	}
 	j := c.open(ctx, moves, total, method, helpers)
+	defer func() { // also where the method panics: then nothing more is claimed
+		j.claimed.Store(total)
+		err = c.finish(j)
+	}()
 	j.work()
-	return c.finish(j)
+	return nil
 }
 
 // systemCallCost is how much longer copies by system calls take than those that were measured, about.

@@ -54,7 +54,7 @@ type Access struct {
 type Reader interface {
 	// Read copies moves, total bytes together, from the peer's memory (Src) into ours, and has let go of both when it returns. It looks
 	// at ctx at least once a MiB. An address of the peer's that can't be read is an error that is unix.EFAULT; memory that can't be
-	// reached in this way, or not any more, is one that is ErrNoAccess.
+	// reached in this way, or not any more, is one that is ErrNoAccess; where it is the first answer, nothing was copied.
 	Read(ctx context.Context, access Access, moves []mem.Move, total uint64) error
 }
 
@@ -154,7 +154,7 @@ func (d *Direct) begin(deadline time.Time, req *Request, local Local) (*reading,
 	}
 	p := readings.Get().(*reading)
 	p.direct, p.req, p.local, p.deadline = d, req, local, deadline
-	p.tried, p.ended, p.err = false, false, nil
+	p.tried, p.ended, p.touched, p.err = false, false, false, nil
 	return p, nil
 }
 
@@ -167,6 +167,8 @@ type reading struct {
 	limit    time.Time // until when Advance may go on
 	tried    bool      // Advance has done what it can
 	ended    bool      // with err
+	touched  bool      // something was read into local memory, of a cache of the shape first
+	first    plan.Shape
 	err      error
 
 	segments []plan.Segment
@@ -212,13 +214,12 @@ func (p *reading) fits(f *found) bool {
 
 // Finish implements Operation.
 func (p *reading) Finish(ctx context.Context) error {
+	defer p.direct.leave() // also where something below panics
 	if !p.ended {
 		p.err = p.finish(ctx)
 	}
 	err := p.err
-	d := p.direct
 	p.recycle()
-	d.leave()
 	return err
 }
 
@@ -248,7 +249,6 @@ var (
 // replaced. A link that has died in that moment is heard of in the same way.
 func (p *reading) pull(ctx, reading context.Context) error {
 	d := p.direct
-	var first plan.Shape
 	for try := 0; ; try++ {
 		f, err := d.resolve(ctx, p.req)
 		if err != nil {
@@ -257,12 +257,11 @@ func (p *reading) pull(ctx, reading context.Context) error {
 			}
 			return err
 		}
-		// Into another shape other bytes would be written: those that are there already would be left, and be nobody's.
-		if try > 0 && f.Shape != first {
+		// From another shape other bytes would be written: those that are there already would be left, and be nobody's.
+		if p.touched && f.Shape != p.first {
 			f.abandon()
 			return errStale
 		}
-		first = f.Shape
 		if err = p.plan(&f); err == nil {
 			err = p.read(reading, &f)
 		}
@@ -283,6 +282,9 @@ func (p *reading) pull(ctx, reading context.Context) error {
 func (p *reading) stream(ctx context.Context, why error) error {
 	if p.direct.cfg.Stream == nil {
 		return status.Newf(status.Failed, status.StageResolve, "%w", why)
+	}
+	if shaped := len(p.req.Plan.DstBlocks) > 0 && len(p.req.Plan.SrcBlocks) == 0; p.touched && shaped {
+		return errStale // how much is written depends on a shape that only the owner sees now; see pull
 	}
 	return p.direct.cfg.Stream.Pull(ctx, p.req, p.local)
 }
@@ -496,7 +498,11 @@ func (p *reading) copy(ctx context.Context, f *found) error {
 				next, done = next+1, 0
 			}
 		}
-		if err := cfg.Reader.Read(ctx, access, p.moves, cfg.BatchBytes-left); err != nil {
+		err := cfg.Reader.Read(ctx, access, p.moves, cfg.BatchBytes-left)
+		if !p.touched && !errors.Is(err, ErrNoAccess) {
+			p.touched, p.first = true, f.Shape
+		}
+		if err != nil {
 			if ctx.Err() != nil {
 				return p.stopped(ctx)
 			}

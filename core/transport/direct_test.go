@@ -592,3 +592,49 @@ func TestDirectAllocatesNothingForAKnownKey(t *testing.T) {
 type silent struct{}
 
 func (silent) Read(context.Context, transport.Access, []mem.Move, uint64) error { return nil }
+
+// rowIntoBlocks pulls what the blocks key of model 0 leads to, a row, into blocks: how much is written depends on the row.
+func rowIntoBlocks() (*transport.Request, transport.Local) {
+	req, local := request(transport.KeyNormal)
+	req.Key = transport.Key{Kind: transport.KeyNormal, ID: math.MaxUint64}
+	req.Plan.DstBlocks, req.Plan.OneSided = []uint64{0, 1}, true
+	req.Local = plan.Shape{Kind: plan.Blocks, Tensors: 1, TensorBytes: 16 << 10, Stride: 4 << 10, Count: 4}
+	return req, transport.Local{Addrs: local.Addrs[:1]}
+}
+
+func oneRow(bytes uint64) plan.Shape {
+	return plan.Shape{Kind: plan.Blocks, Tensors: 1, TensorBytes: bytes, Stride: bytes, Count: 1}
+}
+
+// replaceBy makes the first read find its cache replaced by a shorter row.
+func (p *peer) replaceBy(hidden bool) {
+	p.read = func(context.Context, []mem.Move) error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.generation, p.live, p.shape, p.hidden = 2, map[uint64]bool{2: true}, oneRow(5<<10), hidden
+		return nil
+	}
+}
+
+func TestDirectDoesNotFinishFromAnotherShapeThanItAdvanced(t *testing.T) {
+	p := newPeer(oneRow(8 << 10))
+	d := inline(p)
+	req, local := rowIntoBlocks()
+	require.NoError(t, d.Pull(context.Background(), req, local))
+	p.replaceBy(false)
+	op := begin(t, d, time.Time{}, req, local)
+	require.False(t, op.Advance(time.Minute))
+	require.ErrorIs(t, op.Finish(context.Background()), status.CacheNotExist)
+	require.NoError(t, d.Pull(context.Background(), req, local), "a new pull takes what is there now")
+}
+
+func TestDirectDoesNotStreamOverWhatItHasReadOfAnotherShape(t *testing.T) {
+	p := newPeer(oneRow(8 << 10))
+	d := transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: p, Stream: p})
+	req, local := rowIntoBlocks()
+	p.replaceBy(true)
+	require.ErrorIs(t, d.Pull(context.Background(), req, local), status.CacheNotExist)
+	require.Zero(t, p.streamed)
+	require.NoError(t, d.Pull(context.Background(), req, local))
+	require.Equal(t, 1, p.streamed)
+}

@@ -177,9 +177,11 @@ func EndPull(call *engine.PullCall) {
 // StartPull starts a pull as Start does, and takes call over. Most pulls end within the first wait: they are made on the calling thread
 // itself, since handing them to another one and back costs as much as a small transfer.
 func StartPull(number, handle int64, wait time.Duration, call *engine.PullCall) (result int64) {
+	var started *engine.Pulling // while it is ours to finish
 	defer func() {
 		if r := recover(); r != nil {
 			result = Fail(number, Panicked(r))
+			giveUp(started)
 		}
 	}()
 	e, timeout, err := engineOf(handle)
@@ -192,7 +194,9 @@ func StartPull(number, handle int64, wait time.Duration, call *engine.PullCall) 
 	if err != nil {
 		return Fail(number, err)
 	}
+	started = p
 	if p.Advance(min(wait, timeout)) {
+		started = nil
 		err := p.Finish(context.Background())
 		EndPull(call)
 		if err != nil {
@@ -200,12 +204,29 @@ func StartPull(number, handle int64, wait time.Duration, call *engine.PullCall) 
 		}
 		return 0
 	}
+	started = nil
 	const past = 1 // a deadline that has passed is one still
 	left := max(0, wait-time.Since(began))
 	return Start(number, left, max(past, time.Until(deadline)), func(ctx context.Context) (string, error) {
-		defer EndPull(call)
-		return "", p.Finish(ctx)
+		err := p.Finish(ctx)
+		EndPull(call)
+		return "", err
 	})
+}
+
+// giveUp ends a pull in which the engine has panicked, so that what it holds is let go of. What else goes wrong there is in the log.
+func giveUp(p *engine.Pulling) {
+	if p == nil {
+		return
+	}
+	defer func() {
+		if r := recover(); r != nil {
+			_ = Panicked(r)
+		}
+	}()
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = p.Finish(ctx) // the panic is what the caller hears of
 }
 
 // finish says that an operation has ended. Where it was cancelled it is forgotten, since whoever cancelled it may have been interrupted

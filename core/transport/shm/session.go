@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -49,6 +50,7 @@ type Session struct {
 	pages   *directory.Pages
 	maps    []*mem.Mapping // the directory, then the pools
 	process mem.Process
+	made    time.Time
 	refusal atomic.Pointer[refusal]
 	tasks   sync.WaitGroup // populate
 	closed  atomic.Bool
@@ -58,8 +60,15 @@ type Session struct {
 // refusal is why private memory is streamed.
 type refusal struct {
 	err   error
-	again bool // ask once more: the peer may not have permitted it yet
+	again time.Time // when to ask once more, since the peer may not have permitted it yet; zero: never
 }
+
+const (
+	// permitWithin is how long after the link was made the peer's permission may come: it gives it as soon as it hears of the link.
+	permitWithin = 5 * time.Second
+	// askEvery is how often it is looked for meanwhile.
+	askEvery = 100 * time.Millisecond
+)
 
 // NewSession maps what the peer has given and finds out whether its private memory can be read.
 func NewSession(cfg Config) (*Session, error) {
@@ -71,14 +80,15 @@ func NewSession(cfg Config) (*Session, error) {
 	if len(cfg.FDs) != 1+len(o.Pools) {
 		return nil, fmt.Errorf("the peer gave %d descriptors for a directory and %d pools", len(cfg.FDs), len(o.Pools))
 	}
-	s := &Session{share: cfg.Share}
+	cfg.Share.permit(cfg.Pid) // first of all: the peer looks for it
+	s := &Session{share: cfg.Share, made: time.Now()}
 	if err := s.mapAll(o, cfg); err != nil {
 		s.unmap()
+		cfg.Share.forbid(cfg.Pid)
 		return nil, err
 	}
 	mem.Calibrate()
 	s.process = mem.Process{Pid: cfg.Pid, CanaryAddr: uintptr(o.CanaryAt), Canary: [16]byte(o.Canary)}
-	cfg.Share.permit(cfg.Pid)
 	s.probe()
 	s.Direct = transport.NewDirect(transport.DirectConfig{
 		Control: cfg.Control, Directory: (*view)(s), Reader: (*reader)(s), Stream: cfg.Control, BatchBytes: batchBytes, InlineBytes: inlineBytes,
@@ -133,8 +143,11 @@ func (s *Session) probe() {
 		s.refusal.Store(nil)
 		return
 	}
-	again := s.refusal.Load() == nil && errors.Is(err, unix.EPERM) && yamaAsks()
-	s.refusal.Store(&refusal{err: err, again: again})
+	no := &refusal{err: err}
+	if now := time.Now(); errors.Is(err, unix.EPERM) && yamaAsks() && now.Sub(s.made) < permitWithin {
+		no.again = now.Add(askEvery)
+	}
+	s.refusal.Store(no)
 }
 
 // Explain implements transport.Explainer.
@@ -214,7 +227,7 @@ func (r *reader) Read(ctx context.Context, access transport.Access, moves []mem.
 }
 
 func (r *reader) readProcess(ctx context.Context, moves []mem.Move, total uint64) error {
-	if no := r.refusal.Load(); no != nil && no.again {
+	if no := r.refusal.Load(); no != nil && !no.again.IsZero() && time.Now().After(no.again) {
 		(*Session)(r).probe()
 	}
 	if r.refusal.Load() != nil {
@@ -223,6 +236,9 @@ func (r *reader) readProcess(ctx context.Context, moves []mem.Move, total uint64
 	err := r.share.crew.Copy(ctx, moves, total, &r.process)
 	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOSYS) {
 		r.refusal.Store(&refusal{err: err})
+		return transport.ErrNoAccess
+	}
+	if errors.Is(err, unix.ESRCH) { // gone, or without its main thread: the owner can tell, if it is there
 		return transport.ErrNoAccess
 	}
 	return err
