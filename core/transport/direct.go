@@ -255,7 +255,7 @@ func (p *reading) pull(ctx, reading context.Context) error {
 			if errors.Is(err, ErrNoAccess) {
 				return p.stream(ctx, err)
 			}
-			return err
+			return p.died(err)
 		}
 		// From another shape other bytes would be written: those that are there already would be left, and be nobody's.
 		if p.touched && f.Shape != p.first {
@@ -278,6 +278,15 @@ func (p *reading) pull(ctx, reading context.Context) error {
 	}
 }
 
+// died says of a pull that was under way when the link ended why it did; that there is no link is the answer to later ones.
+func (p *reading) died(err error) error {
+	var cause *status.Error
+	if p.touched && status.CodeOf(err) == status.NotYetLink && errors.As(errors.Unwrap(err), &cause) {
+		return cause
+	}
+	return err
+}
+
 // stream lets the owner send what can't be read.
 func (p *reading) stream(ctx context.Context, why error) error {
 	if p.direct.cfg.Stream == nil {
@@ -286,7 +295,7 @@ func (p *reading) stream(ctx context.Context, why error) error {
 	if shaped := len(p.req.Plan.DstBlocks) > 0 && len(p.req.Plan.SrcBlocks) == 0; p.touched && shaped {
 		return errStale // how much is written depends on a shape that only the owner sees now; see pull
 	}
-	return p.direct.cfg.Stream.Pull(ctx, p.req, p.local)
+	return p.died(p.direct.cfg.Stream.Pull(ctx, p.req, p.local))
 }
 
 func (f *found) abandon() {

@@ -42,6 +42,7 @@ type peer struct {
 	access     transport.Access
 	streamed   int
 	stream     error // what a streamed pull says
+	refusal    error // what Resolve says
 }
 
 func newPeer(shape plan.Shape) *peer {
@@ -56,6 +57,9 @@ func (p *peer) Resolve(ctx context.Context, _ *transport.Request) (transport.Res
 	p.resolved++
 	if ctx.Err() != nil {
 		return transport.Resolved{}, status.From(ctx.Err(), status.StageResolve)
+	}
+	if p.refusal != nil {
+		return transport.Resolved{}, p.refusal
 	}
 	if p.generation == 0 {
 		return transport.Resolved{}, status.New(status.CacheNotExist, status.StageLookup, "gone")
@@ -637,4 +641,17 @@ func TestDirectDoesNotStreamOverWhatItHasReadOfAnotherShape(t *testing.T) {
 	require.Zero(t, p.streamed)
 	require.NoError(t, d.Pull(context.Background(), req, local))
 	require.Equal(t, 1, p.streamed)
+}
+
+func TestDirectThatLosesItsPeerSaysWhy(t *testing.T) {
+	p := newPeer(shape)
+	cause := status.New(status.Failed, status.StageTransfer, "peer died: silent")
+	p.read = func(context.Context, []mem.Move) error {
+		p.live = map[uint64]bool{}
+		p.refusal = status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", cause)
+		return nil
+	}
+	d := p.session()
+	require.ErrorIs(t, pull(d, transport.KeyNormal), error(cause), "it was under way")
+	require.ErrorIs(t, pull(d, transport.KeyNormal), status.NotYetLink, "it was not")
 }
