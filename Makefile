@@ -25,6 +25,7 @@ LINTERS := build/tools
 PYTHON_ID := $(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d.%d-%08x" % (*sys.version_info[:3], zlib.crc32(sys.base_prefix.encode())))' 2>/dev/null)
 VENV_STAMP := $(VENV)/.made-with-$(or $(PYTHON_ID),none)
 INSTALLED := $(VENV)/.installed
+PLOTTING := $(VENV)/.plotting
 
 # What the wheel is made from. The folders are there for their times: a file that was removed changes them.
 GO_FOLDERS := $(wildcard core capi pyext)
@@ -68,7 +69,7 @@ $(LINTERS)/borders: $(wildcard tools/lint/borders/*.go) tools/lint/go.mod tools/
 	go -C tools/lint build -o ../../$(LINTERS)/ honnef.co/go/tools/cmd/staticcheck ./borders
 
 lint: $(LINTERS)/borders $(VENV_STAMP) ## formatting, vet, staticcheck, borders, ruff, mypy
-	@bad=$$(gofmt -l $(GO_FOLDERS) tools); if [ -n "$$bad" ]; then echo "not formatted with gofmt:"; echo "$$bad"; exit 1; fi
+	@bad=$$(gofmt -l $(GO_FOLDERS) benchmarks tools); if [ -n "$$bad" ]; then echo "not formatted with gofmt:"; echo "$$bad"; exit 1; fi
 	go vet ./...
 	$(LINTERS)/staticcheck ./...
 	$(LINTERS)/borders .
@@ -92,9 +93,14 @@ surface: $(INSTALLED) ## the rows of the documented surface that do not hold, in
 demo: $(INSTALLED) ## two processes, one transfer (DEMO_ARGS)
 	@$(BIN)/python -m llm_datadist demo $(DEMO_ARGS)
 
-bench: $(INSTALLED) ## benchmarks (BENCH_ARGS)
-	go test -run '^$$' -bench . ./core/...
-	if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py $(BENCH_ARGS); fi
+# Plots are worth less than figures: where matplotlib can't be had, the benchmarks say so and go on.
+$(PLOTTING): requirements-bench.txt $(VENV_STAMP)
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt; then touch $@; else echo 'no matplotlib'; fi
+
+bench: $(INSTALLED) $(PLOTTING) ## benchmarks: tables, and JSON and plots in build/bench (BENCH_ARGS, such as --quick)
+	mkdir -p build/bench
+	go test -run '^$$' -bench . ./core/... | tee build/bench/go.txt
+	$(BIN)/python benchmarks/run.py --go-output build/bench/go.txt $(BENCH_ARGS)
 
 fuzz: | system ## each Go fuzz target for FUZZTIME
 	@for package in $$(go list ./core/... ./pyext/...); do \

@@ -1,231 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures pulls against what the machine can do, as ratios inside one run. `make bench` calls it.
+"""Measures pulls against what the machine can do, and how their cost grows. `make bench` calls it.
 
-For each workload the library and its reference (benchmarks/perf/limit.c, sockets driven by a plain C program) take turns for
-some rounds; a round whose p90 is over 3 times its p10 is thrown away, and said so. Figures of other runs or machines are
-never compared.
+Library and reference (the C programs of benchmarks/perf) take turns for some rounds; a round whose p90 is over 3 times its p10 is
+thrown away, and said so. Only ratios inside one run mean anything.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import json
-import os
-import platform
-import random
-import shutil
-import statistics
-import subprocess
-import sys
+import re
 import tempfile
-import time
-from array import array
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
-import numpy as np
-from owner import CLUSTER
-from workloads import WORKLOADS, Words, Workload, check
+import machine
+import pulls
+import report
+import scaling
+from cases import CASES, WAYS
+from reference import References
+from workloads import WORKLOADS
 
-from llm_datadist import (
-    BlocksCacheKey,
-    Cache,
-    CacheDesc,
-    CacheKey,
-    DataType,
-    LLMClusterInfo,
-    LLMConfig,
-    LLMDataDist,
-    LLMRole,
-    LLMStatusCode,
-)
+import llm_datadist
 
-HERE = Path(__file__).resolve().parent
-NOISY = 3  # p90 / p10 of a round that is thrown away
-BOUNDARY_CALLS = 20000
-
-
-class Puller:
-    """The deciding side of one workload: a cache of this process's, linked to the owner's."""
-
-    def __init__(self, workload: Workload, datadist: LLMDataDist) -> None:
-        self.workload = workload
-        self.manager = datadist.cache_manager
-        self.random = random.Random(1)
-        words = workload.blocks * workload.block_bytes // 8
-        self.tensors: list[Words] = [np.full(words, 0xEE, dtype=np.uint64) for _ in range(workload.tensors)]
-        desc = CacheDesc(workload.tensors, [workload.blocks, workload.block_bytes], DataType.DT_INT8)
-        addrs = [tensor.ctypes.data for tensor in self.tensors]
-        register = self.manager.register_cache if workload.is_row else self.manager.register_blocks_cache
-        self.cache: Cache = register(desc, addrs)
-
-    def pull(self) -> tuple[float, list[int], list[int]]:
-        """Make one call and return its seconds and the blocks that it moved."""
-        if self.workload.is_row:
-            start = time.perf_counter()
-            self.manager.pull_cache(CacheKey(CLUSTER, req_id=1), self.cache)
-            return time.perf_counter() - start, [0], [0]
-        sources = self.random.sample(range(self.workload.blocks), self.workload.per_call)
-        targets = self.random.sample(range(self.workload.blocks), self.workload.per_call)
-        start = time.perf_counter()
-        self.manager.pull_blocks(BlocksCacheKey(CLUSTER), self.cache, sources, targets)
-        return time.perf_counter() - start, sources, targets
-
-    def round(self) -> list[float]:
-        for _ in range(self.workload.warmup):
-            self.pull()
-        return [self.pull()[0] for _ in range(self.workload.calls)]
-
-    def verify(self) -> None:
-        for tensor in self.tensors:
-            tensor.fill(0xEE)
-        _, sources, targets = self.pull()
-        check(self.workload, self.tensors, sources, targets)
-
-
-@contextlib.contextmanager
-def linked(workload: Workload, transport: str) -> Iterator[LLMDataDist]:
-    """An engine that is linked to a process that owns the workload's tensors."""
-    command = [sys.executable, str(HERE / "owner.py"), workload.name, transport]
-    owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert owner.stdin is not None and owner.stdout is not None
-    datadist = LLMDataDist(LLMRole.DECODER, CLUSTER + 1)
-    try:
-        ip, port = owner.stdout.readline().strip().split(":")
-        config = LLMConfig()
-        config.enable_cache_manager = True
-        config.sync_kv_timeout = 60000
-        config.transport = transport
-        datadist.init(config.generate_options())
-        cluster = LLMClusterInfo()
-        cluster.remote_cluster_id = CLUSTER
-        cluster.append_local_ip_info(ip, 0)
-        cluster.append_remote_ip_info(ip, int(port))
-        code, _ = datadist.link_clusters([cluster], 10000)
-        assert code == LLMStatusCode.LLM_SUCCESS, datadist.explain(CLUSTER)
-        yield datadist
-    finally:
-        datadist.finalize()
-        owner.stdin.close()
-        owner.wait()
-        owner.stdout.close()
-
-
-def reference(limit: Path, candidate: str, workload: Workload) -> list[float]:
-    """Run one round of the C program and return the seconds of each call."""
-    done = subprocess.run([str(limit), candidate, workload.name], capture_output=True, text=True, check=True)
-    return [int(nanos) / 1e9 for nanos in done.stdout.strip().split(",")[5:]]
-
-
-def quiet(what: str, samples: list[float]) -> bool:
-    """Tell whether a round may count."""
-    tenths = statistics.quantiles(samples, n=10)
-    if tenths[8] <= NOISY * tenths[0]:
-        return True
-    print(f"  thrown away: a round of {what} whose p90 is {tenths[8] / tenths[0]:.1f} times its p10")
-    return False
-
-
-def measure(workload: Workload, transport: str, candidate: str, limit: Path, rounds: int) -> dict[str, object]:
-    ours: list[float] = []
-    theirs: list[float] = []
-    with linked(workload, transport) as datadist:
-        puller = Puller(workload, datadist)
-        puller.verify()
-        for _ in range(rounds):
-            for samples, into, what in (
-                (reference(limit, candidate, workload), theirs, candidate),
-                (puller.round(), ours, transport),
-            ):
-                if quiet(f"{workload.name} {what}", samples):
-                    into.extend(samples)
-        puller.verify()
-    if not ours or not theirs:
-        return {"workload": workload.name, "transport": transport, "reference": candidate, "noisy": True}
-    mine, limits = statistics.median(ours), statistics.median(theirs)
-    return {
-        "workload": workload.name,
-        "transport": transport,
-        "reference": candidate,
-        "bytes": workload.call_bytes,
-        "p50_us": mine * 1e6,
-        "p99_us": float(np.quantile(ours, 0.99)) * 1e6,
-        "gb_per_s": workload.call_bytes / mine / 1e9,
-        "reference_p50_us": limits * 1e6,
-        "reference_gb_per_s": workload.call_bytes / limits / 1e9,
-        "ratio": limits / mine,
-        "calls": len(ours),
-    }
-
-
-def boundary() -> float:
-    """Return the microseconds of a one-block pull_blocks without its transfer: checks, packing, crossing and back."""
-    workload = WORKLOADS["W3"]
-    with linked(workload, "tcp") as datadist:
-        puller = Puller(workload, datadist)
-        engine = puller.manager._engine
-        engine._pull = engine._native.pyext_PullNothing
-        key = BlocksCacheKey(CLUSTER)
-        samples = array("d")
-        for index in range(BOUNDARY_CALLS):
-            start = time.perf_counter()
-            puller.manager.pull_blocks(key, puller.cache, [index & 511], [index & 255])
-            samples.append(time.perf_counter() - start)
-    return statistics.median(samples) * 1e6
-
-
-def build_limit(into: Path) -> Path:
-    compiler = os.environ.get("CC") or shutil.which("gcc") or "cc"
-    program = into / "limit"
-    subprocess.run([compiler, "-O3", "-pthread", "-o", str(program), str(HERE / "perf" / "limit.c")], check=True)
-    return program
-
-
-def machine() -> dict[str, object]:
-    model = ""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "congestion_control": congestion,
-    }
-
-
-def show(results: list[dict[str, object]], crossing: float) -> None:
-    print(f"{'':4} {'transport':9} {'GB/s':>7} {'p50 us':>9} {'p99 us':>9}   {'reference':12} {'GB/s':>7} {'p50 us':>9}  ratio")
-    for row in results:
-        if "noisy" in row:
-            print(f"{row['workload']:4} every round was thrown away: the machine is not quiet")
-            continue
-        print(
-            f"{row['workload']:4} {row['transport']:9} {row['gb_per_s']:7.2f} {row['p50_us']:9.0f} {row['p99_us']:9.0f}   "
-            f"{row['reference']:12} {row['reference_gb_per_s']:7.2f} {row['reference_p50_us']:9.0f}  {row['ratio']:.2f}"
-        )
-    print(f"boundary: {crossing:.1f} us for a one-block pull_blocks without its transfer")
+PARTS = ("pulls", "scaling", "links")
+_ROUNDS = 5  # fewer are no fair run
+_QUICK_WORKLOADS = ("W2", "W3")  # the others take long to set up
+_QUICK_POINTS = {"segments": (1, 64, 4096), "sizes": (4 << 10, 1 << 20), "callers": (1, 4)}
+_QUICK_LINKS = {"counts": (8,), "fabric": (8,)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--workloads", default="W1,W2,W3,W4,W5", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=5, help="of library and reference each")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        limit = build_limit(Path(scratch))
-        results = [measure(WORKLOADS[name], "tcp", "tcp2-cubic", limit, args.rounds) for name in args.workloads.split(",")]
-    crossing = boundary()
-    show(results, crossing)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "boundary_us": crossing, "results": results}, indent=1) + "\n")
-    print("bench: done; ratio is reference time / library time of the same run, 1 is the machine's limit")
+    arguments = _parser().parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.earlier:
+        results = json.loads(arguments.earlier.read_text())
+    else:
+        results = _measure(arguments, arguments.rounds or (1 if arguments.quick else _ROUNDS))
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"results: {arguments.out / 'results.json'}")
+    print(f"\n{machine.sentence(results['machine'])}\n\n{report.text(results)}\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed (requirements-bench.txt)")
+    else:
+        import plots
+
+        drawn = plots.draw(results, arguments.out)
+        print(f"plots: {', '.join(str(path) for path in drawn)}")
+    if arguments.markdown:
+        arguments.markdown.write_text(report.markdown(results, arguments.plots))
+    print(report.summary(results))
+
+
+def _measure(arguments: argparse.Namespace, rounds: int) -> report.Results:
+    ways = arguments.ways or list(WAYS)
+    parts = arguments.parts or PARTS
+    workloads = arguments.workloads or (_QUICK_WORKLOADS if arguments.quick else list(WORKLOADS))
+    results: report.Results = {
+        "machine": machine.describe(),
+        "version": llm_datadist.__version__,
+        "rounds": rounds,
+        "go": _go_benchmarks(arguments.go_output),
+        "pulls": [],
+        "scaling": [],
+        "links": [],
+    }
+    if "pulls" in parts:
+        cases = [case for case in CASES if case.way.name in ways and case.workload in workloads]
+        with tempfile.TemporaryDirectory() as folder:
+            references = References(Path(folder))
+            if references.reason:
+                print(references.reason)
+            results["pulls"] = pulls.measure(cases, references, rounds, not arguments.quick)
+    if "scaling" in parts:
+        points = _QUICK_POINTS if arguments.quick else {}
+        results["scaling"] = [scaling.grow(WAYS[way], **points) for way in ways if not WAYS[way].spin_micros]
+    if "links" in parts:
+        transports = dict.fromkeys(WAYS[way].transport for way in ways)
+        with tempfile.TemporaryDirectory() as folder:
+            results["links"] = scaling.links(Path(folder), transports, **(_QUICK_LINKS if arguments.quick else {}))
+    return results
+
+
+def _go_benchmarks(output: Path | None) -> dict[str, float]:
+    """Return the nanoseconds of the engine's benchmarks of pulls, from what `go test -bench` has printed."""
+    if output is None or not output.exists():
+        return {}
+    found = re.findall(r"^Benchmark(Pull\w*)\S*\s+\d+\s+([\d.]+) ns/op", output.read_text(), re.MULTILINE)
+    return {name: float(nanos) for name, nanos in found}
+
+
+def _some_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not one of {', '.join(known)}")
+        return names
+
+    return read
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for option, known in (("parts", PARTS), ("ways", tuple(WAYS)), ("workloads", tuple(WORKLOADS))):
+        parser.add_argument(f"--{option}", type=_some_of(known), metavar="LIST", help=f"some of {','.join(known)} (all)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the library and of each reference (5)")
+    quick = f"{' and '.join(_QUICK_WORKLOADS)}, one round, few points, no strace: does it run at all"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), metavar="FOLDER", help="of results.json and the plots")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables in the form of docs/performance.md")
+    parser.add_argument("--plots", default="plots", metavar="FOLDER", help="of the plots as --markdown names it (plots)")
+    parser.add_argument("--go-output", type=Path, metavar="FILE", help="what go test -bench has printed")
+    parser.add_argument("--from", dest="earlier", type=Path, metavar="FILE", help="measure nothing: show an earlier results.json")
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,57 +11,92 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 
+_WORD = 8
+_PART = 1 << 20  # words that are made at a time: what does not fit a cache takes several times as long
+_TENSOR_STEP, _WORD_STEP, _OFFSET = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x1234567
+
 
 @dataclass(frozen=True)
-class Workload:
-    """tensors of blocks x block_bytes, of which a call moves per_call random blocks each; timed calls after warm-up ones."""
+class Shape:
+    """A cache: tensors of blocks x block_bytes. One block is the whole tensor of a contiguous cache."""
 
-    name: str
     tensors: int
     block_bytes: int
     blocks: int
-    per_call: int
-    warmup: int
-    calls: int
-
-    @property
-    def call_bytes(self) -> int:
-        return self.tensors * self.per_call * self.block_bytes
 
     @property
     def is_row(self) -> bool:
-        """One block is the whole tensor: a contiguous cache."""
         return self.blocks == 1
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call that moves per_call random blocks of each of the first `tensors` tensors; timed calls come after warm-up ones."""
+
+    name: str
+    shape: Shape
+    per_call: int
+    warmup: int
+    calls: int
+    tensors: int = 0  # 0: all
+
+    @property
+    def moved_tensors(self) -> int:
+        return self.tensors or self.shape.tensors
+
+    @property
+    def segments(self) -> int:
+        return self.moved_tensors * self.per_call
+
+    @property
+    def call_bytes(self) -> int:
+        return self.segments * self.shape.block_bytes
+
+    @property
+    def is_small(self) -> bool:
+        """What counts is the time of a call, not its throughput."""
+        return self.call_bytes < 16 << 20
 
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("W1", 64, 32768, 512, 64, 3, 20),
-        Workload("W2", 64, 32768, 512, 1, 50, 600),
-        Workload("W3", 1, 16384, 512, 1, 200, 2500),
-        Workload("W4", 1, 1 << 30, 1, 1, 2, 10),
-        Workload("W5", 61, 147456, 128, 32, 2, 15),
+        Workload("W1", Shape(64, 32768, 512), 64, 3, 20),
+        Workload("W2", Shape(64, 32768, 512), 1, 50, 600),
+        Workload("W3", Shape(1, 16384, 512), 1, 200, 2500),
+        Workload("W4", Shape(1, 1 << 30, 1), 1, 2, 10),
+        Workload("W5", Shape(61, 147456, 128), 32, 2, 15),
     )
 }
 
 
+def expected(tensor: int, first: int, count: int) -> Words:
+    """Return words of the pattern of a tensor: each depends on the tensor and on its place in it."""
+    seed = np.uint64((tensor + 1) * _TENSOR_STEP % (1 << 64))
+    places = np.arange(first, first + count, dtype=np.uint64)
+    words: Words = seed ^ (places * np.uint64(_WORD_STEP) + np.uint64(_OFFSET))
+    return words
+
+
 def fill(tensor: int, words: Words) -> None:
-    """Write the pattern of a tensor: each 64-bit word depends on tensor and position."""
-    step = np.uint64(0xBF58476D1CE4E5B9)
-    seed = np.uint64(((tensor + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1))
-    for start in range(0, len(words), 1 << 20):
-        part = words[start : start + (1 << 20)]
-        position = np.arange(start, start + len(part), dtype=np.uint64)
-        part[:] = seed ^ (position * step + np.uint64(0x1234567))
+    """Write the pattern of a tensor."""
+    for start in range(0, len(words), _PART):
+        part = words[start : start + _PART]
+        part[:] = expected(tensor, start, len(part))
 
 
-def check(workload: Workload, tensors: list[Words], sources: list[int], targets: list[int]) -> None:
-    """Raise AssertionError unless block targets[i] of every tensor holds the bytes of block sources[i] of the source."""
-    words = workload.block_bytes // 8
-    expected = np.empty(words * workload.blocks, dtype=np.uint64)
-    for tensor, have in enumerate(tensors):
-        fill(tensor, expected)
-        rows, wanted = have.reshape(workload.blocks, words), expected.reshape(workload.blocks, words)
+def first_wrong(workload: Workload, tensors: Sequence[Words], sources: Sequence[int], targets: Sequence[int]) -> str | None:
+    """Say which block targets[i] of a moved tensor does not hold the bytes of block sources[i] of the owner's; None: all do."""
+    block = workload.shape.block_bytes // _WORD
+    for tensor, have in enumerate(tensors[: workload.moved_tensors]):
         for source, target in zip(sources, targets):
-            assert np.array_equal(rows[target], wanted[source]), f"{workload.name}: tensor {tensor} block {target} is wrong"
+            for start in range(0, block, _PART):
+                count = min(_PART, block - start)
+                part = have[target * block + start :][:count]
+                if not np.array_equal(part, expected(tensor, source * block + start, count)):
+                    return f"{workload.name}: block {target} of tensor {tensor} does not hold block {source}"
+    return None

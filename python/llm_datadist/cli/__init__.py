@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo
+from . import bench, demo
 
-_VERBS = {"demo": demo}
+_VERBS = {"bench": bench, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
