@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llm_datadist import LLMDataDist, _native
+from llm_datadist.utils import log
 from peers import wait_until
 
 # What the Go runtime opens once and keeps: its poller, and files that say how much of the machine it may use.
@@ -74,6 +76,24 @@ def nothing_left() -> Iterator[None]:
         wait_until(lambda: not extra(), "nothing is left", 10)
     except AssertionError:
         pytest.fail(f"left behind: {extra()}")
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run what depends on it over each transport, which is required of this process and of the peers that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_DATADIST_TRANSPORT", request.param)
+        yield request.param
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Links that fail are logged as errors, later and from another thread: not between the dots of a test run."""
+    logger = log.get_logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="module")

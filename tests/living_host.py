@@ -64,16 +64,17 @@ def begin_inside(peer: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def serve_big(end: End) -> None:
-    """Register what the tests pull: one large cache of blocks, and a small row."""
+    """Register what the tests pull: one large cache of blocks, which is also a row, and a small row."""
     end.add("big", desc([BIG_BLOCKS, BIG_BLOCK]), 7, BlocksCacheKey(PEER_ID), blocks=True)
+    end.lend("row", desc([1, BIG_BLOCKS * BIG_BLOCK]), end.memory["big"], [CacheKey(PEER_ID, req_id=2)])
     end.add("small", desc([1, SMALL_BYTES]), 8, [CacheKey(PEER_ID, req_id=1)])
 
 
 def add_destinations(end: End) -> None:
     big, small = np.zeros(BIG_BLOCKS * BIG_BLOCK, np.uint8), np.zeros(SMALL_BYTES, np.uint8)
-    end.memory.update(big=[big], small=[small])
-    end.caches["big"] = end.manager.register_blocks_cache(desc([BIG_BLOCKS, BIG_BLOCK]), [big.ctypes.data])
-    end.caches["small"] = end.manager.register_cache(desc([1, SMALL_BYTES]), [small.ctypes.data])
+    end.lend("big", desc([BIG_BLOCKS, BIG_BLOCK]), [big], blocks=True)
+    end.lend("row", desc([1, BIG_BLOCKS * BIG_BLOCK]), [big])
+    end.lend("small", desc([1, SMALL_BYTES]), [small])
 
 
 def clear(end: End) -> None:
@@ -85,6 +86,11 @@ def clear(end: End) -> None:
 def pull_big(end: End) -> None:
     every = list(range(BIG_BLOCKS))
     end.manager.pull_blocks(BlocksCacheKey(PEER_ID), end.caches["big"], every, every)
+
+
+def pull_row(end: End) -> None:
+    """Pull all of big by the key of a row, about which the owner is asked each time, over any transport."""
+    end.manager.pull_cache(CacheKey(PEER_ID, req_id=2), end.caches["row"])
 
 
 def pull_small(end: End) -> None:
@@ -200,17 +206,19 @@ def failures_in_threads(end: End, threads: int, rounds: int) -> list[str]:
 # --- interrupts
 
 
-def interrupted_pull(end: End, peer_pid: int, midway: bool) -> dict[str, Any]:
-    """Pull from a process that is stopped, at the start or midway, and press Ctrl-C. The peer is left stopped."""
+def interrupted_pull(end: End, peer_pid: int, midway: bool, stopping: bool = True) -> dict[str, Any]:
+    """Press Ctrl-C in a pull from a process that is stopped, at the start or midway, and left so; or in the middle of a copy
+    that needs no other process.
+    """
     for _ in range(20):
-        got = interrupt_pull(end, peer_pid, midway)
+        got = interrupt_pull(end, peer_pid, midway, stopping)
         if not got["too late"]:
             return got
         os.kill(peer_pid, signal.SIGCONT)
     return got
 
 
-def interrupt_pull(end: End, peer_pid: int, midway: bool) -> dict[str, Any]:
+def interrupt_pull(end: End, peer_pid: int, midway: bool, stopping: bool) -> dict[str, Any]:
     idle = _native.held()
     clear(end)
     first_bytes = end.tensors("big")[0][::BIG_BLOCK]
@@ -220,23 +228,28 @@ def interrupt_pull(end: End, peer_pid: int, midway: bool) -> dict[str, Any]:
     def interrupt() -> None:
         if midway:
             wait_until(first_bytes.any, "bytes arrive")
+        if midway and stopping:
             stop(peer_pid)
             if returned.wait(2 * WAIT_SECONDS):  # what was in the sockets has been the rest
                 return
-        wait_until(lambda: _native.held() > idle, "the pull is under way")
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: _native.held() > idle or returned.is_set(), "the pull is under way")
+        if not returned.is_set():
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
 
     if not midway:
         stop(peer_pid)
     helper = threading.Thread(target=interrupt)
+    ending = "KeyboardInterrupt"
     with handling(signal.SIGINT, signal.default_int_handler):
         try:
             helper.start()
-            pull_big(end)
+            pull_row(end) if stopping else pull_big_with_short_waits(end)
             ending = "returned"
+            returned.set()
+            helper.join()
         except KeyboardInterrupt:
-            ending = "KeyboardInterrupt"
+            pass
         except LLMException as exc:
             ending = str(exc)
         ended = time.monotonic()
@@ -245,7 +258,17 @@ def interrupt_pull(end: End, peer_pid: int, midway: bool) -> dict[str, Any]:
         returned.set()
         helper.join()
     seconds = ended - sent[0] if sent else 0
-    return {"ending": ending, "seconds": seconds, "held": held, "checksum": checksum, "too late": not sent}
+    too_late = not sent or ending == "returned" or (midway and has_arrived(end))
+    return {"ending": ending, "seconds": seconds, "held": held, "checksum": checksum, "too late": too_late}
+
+
+def pull_big_with_short_waits(end: End) -> None:
+    """Pull big as if it were so large that it took many waits."""
+    millis, _native.WAIT_MILLIS = _native.WAIT_MILLIS, 1
+    try:
+        pull_big(end)
+    finally:
+        _native.WAIT_MILLIS = millis
 
 
 def changes_within(end: End, checksum: int, seconds: float) -> int:
@@ -326,7 +349,7 @@ def interrupts_while_letting_go(end: End, peer_pid: int, times: int) -> dict[str
     with handling(signal.SIGINT, signal.default_int_handler):
         _native._extension = Interrupting()
         try:
-            pull_big(end)
+            pull_row(end)
             ending = "returned"
         except KeyboardInterrupt:
             ending = "KeyboardInterrupt"
@@ -350,7 +373,7 @@ def pull_under_quiet_signals(end: End, peer_pid: int, least: int) -> dict[str, A
     with handling(signal.SIGALRM, lambda number, _: seen.append(number)):
         signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
         try:
-            pull_big(end)
+            pull_row(end)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     helper.join()
@@ -371,7 +394,7 @@ def work_during_a_blocked_pull(end: End, peer_pid: int, steps: int) -> dict[str,
     stop(peer_pid)
     worker = threading.Thread(target=work)
     worker.start()
-    got = failure(lambda: pull_big(end))
+    got = failure(lambda: pull_row(end))
     worker.join()
     return {**got, "right": has_arrived(end)}
 

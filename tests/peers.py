@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -43,6 +44,11 @@ def pattern(number: int, tensor: int, size: int) -> np.ndarray:
     if size <= _DISTINCT:
         return rng.permutation(_DISTINCT)[:size].astype(np.uint8)
     return np.frombuffer(rng.bytes(size), np.uint8).copy()
+
+
+def ramp(number: int, tensor: int, size: int) -> np.ndarray:
+    """As pattern, but quick for hundreds of MiB: words that count, from a number of their own, to a size that is whole words."""
+    return np.arange(size >> 3, dtype=np.uint64).__iadd__(np.uint64((number << 8 | tensor) << 40)).view(np.uint8)
 
 
 def desc(shape: Any, tensors: int = 1, dtype: DataType = DataType.DT_INT8, placement: Placement = Placement.DEVICE) -> CacheDesc:
@@ -121,6 +127,15 @@ class End:
         """Link to one engine and return its code."""
         return self.engine.link_clusters([cluster(address, cluster_id)], timeout)[1][0]
 
+    def told(self, cluster_id: int) -> dict[str, str]:
+        """Return what explain says of a cluster, by the first words of its lines."""
+        return dict(line.split(": ", 1) for line in self.engine.explain(cluster_id).splitlines())
+
+    def unlink(self, cluster_id: int, address: str | None = None, timeout: int = 10_000) -> Any:
+        """Unlink one engine, by force where it is not to be asked, and return the code."""
+        info = cluster(address or ADDRESS, cluster_id)
+        return self.engine.unlink_clusters([info], timeout, address is None)[1][0]
+
     # --- caches
 
     @property
@@ -137,25 +152,38 @@ class End:
         blocks: bool = False,
         owned: bool = False,
         accessible: bool | None = None,
+        content: Callable[[int, int, int], np.ndarray] = pattern,
     ) -> int:
         """Allocate a cache (owned) or register memory as one, with the pattern of number, and return its id."""
-        call = f"{'allocate' if owned else 'register'}{'_blocks' if blocks else ''}_cache"
-        bound = keys or None if blocks else keys
-        if owned:
-            cache = getattr(self.manager, call)(description, bound)
-        else:
-            memory = [pattern(number, tensor, description.size) for tensor in range(description.num_tensors)]
-            cache = getattr(self.manager, call)(description, [each.ctypes.data for each in memory], bound, accessible)
-            self.memory[name] = memory
-        self.caches[name] = cache
-        if owned:
-            self.fill(name, number)
+        if not owned:
+            memory = [content(number, tensor, description.size) for tensor in range(description.num_tensors)]
+            return self.lend(name, description, memory, keys, blocks=blocks, accessible=accessible)
+        allocate = self.manager.allocate_blocks_cache if blocks else self.manager.allocate_cache
+        cache = self.caches[name] = allocate(description, keys or None if blocks else keys)
+        self.fill(name, number, content)
         return int(cache.cache_id)
 
-    def fill(self, name: str, number: int) -> None:
+    def lend(
+        self,
+        name: str,
+        description: CacheDesc,
+        memory: list[np.ndarray],
+        keys: Any = (),
+        *,
+        blocks: bool = False,
+        accessible: bool | None = None,
+    ) -> int:
+        """Register arrays as a cache, keep them, and return its id."""
+        register = self.manager.register_blocks_cache if blocks else self.manager.register_cache
+        addrs = [each.ctypes.data for each in memory]
+        cache = self.caches[name] = register(description, addrs, keys or None if blocks else keys, accessible)
+        self.memory[name] = memory
+        return int(cache.cache_id)
+
+    def fill(self, name: str, number: int, content: Callable[[int, int, int], np.ndarray] = pattern) -> None:
         """Write the pattern of number into a cache."""
         for tensor, view in enumerate(self.tensors(name)):
-            view[:] = pattern(number, tensor, view.size)
+            view[:] = content(number, tensor, view.size)
 
     def tensors(self, name: str) -> list[np.ndarray]:
         """Return the bytes of each tensor, not copied."""
@@ -212,6 +240,10 @@ class Call:
     def __init__(self, peer: Peer, what: str) -> None:
         self._peer, self._what = peer, what
 
+    def ended(self) -> bool:
+        """Tell whether there is an answer; for one call at a time."""
+        return bool(select.select([self._peer._answers], [], [], 0)[0])
+
     def result(self, seconds: float = ANSWER_SECONDS) -> Any:
         """Return what the call returned, or raise what it raised."""
         kind, value = self._peer._answer(self._what, seconds)
@@ -223,12 +255,13 @@ class Call:
 class Peer:
     """An End in a process of its own: any method of End, and what can be done to a process."""
 
-    def __init__(self, env: dict[str, str] | None = None) -> None:
+    def __init__(self, env: dict[str, str] | None = None, *, under: Sequence[str] = ()) -> None:
+        """Start the process, by way of the command under where one is given."""
         answers, give = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
         try:
             self.process = subprocess.Popen(
-                [sys.executable, str(SUBJECT), str(give)],
+                [*under, sys.executable, str(SUBJECT), str(give)],
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -295,6 +328,13 @@ class Peer:
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def watched(self, name: str) -> Any:
+        """Yield a function that reads the byte at a place of a cache's first tensor while the process does something else."""
+        addr = self.run("result = end.caches[cache].tensor_addrs[0]", cache=name)
+        with open(f"/proc/{self.process.pid}/mem", "rb", buffering=0) as memory:
+            yield lambda at: os.pread(memory.fileno(), 1, addr + at)[0]
 
     def _answer(self, what: str, seconds: float) -> Any:
         deadline = time.monotonic() + seconds

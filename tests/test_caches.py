@@ -57,7 +57,7 @@ def manager():
 
 
 @pytest.fixture(scope="module")
-def process():
+def process(transport):
     with Peer() as peer:
         yield peer
 

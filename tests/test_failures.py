@@ -10,12 +10,13 @@ import contextlib
 import ctypes
 import mmap
 import time
+import zlib
 
 import numpy as np
 import pytest
 
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, wait_until
+from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, ramp, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -32,13 +33,13 @@ LATE = 10 * 0.1  # seconds: ten times the promised 100 ms after the deadline
 
 
 @pytest.fixture(scope="module")
-def process():
+def process(transport):
     with Peer() as peer:
         yield peer
 
 
 @pytest.fixture
-def local():
+def local(transport):
     end = End()
     yield end
     end.close()
@@ -176,11 +177,12 @@ def test_a_source_that_is_mapped_in_part_serves_that_part(local, owner):
 
 # --- memory that goes away during a pull
 
+REPLACE = "end.add('new', end.like, 99, blocks=True, owned=True, content=ramp)"
 TAKE_BACK = {
     # what the owner does while its bytes are being pulled, and then writes into the memory
     "unregister": "end.manager.unregister_cache(cache); end.tensors('large')[0][:] = 0xEE",
-    "unregister owned": "end.manager.unregister_cache(cache)\nend.add('new', end.like, 99, blocks=True, owned=True)",
-    "deallocate": "end.drop('large')\nend.add('new', end.like, 99, blocks=True, owned=True)",
+    "unregister owned": f"end.manager.unregister_cache(cache)\n{REPLACE}",
+    "deallocate": f"end.drop('large')\n{REPLACE}",
 }
 SIZE = 1 << 26
 
@@ -194,18 +196,18 @@ def test_memory_that_is_taken_back_during_a_pull_gives_no_wrong_bytes(local, own
     assert local.link(address, THEIRS) is SUCCESS
     cache_id = add_small(local, owner)
     owner.run("from peers import desc; end.like = desc([1, size])", size=SIZE)
-    local.add("d", desc([1, SIZE]), TARGET, blocks=True)
-    right = pattern(SOURCE, 0, SIZE)
+    local.add("d", desc([1, SIZE]), TARGET, blocks=True, content=ramp)
+    right = ramp(SOURCE, 0, SIZE)
     view = local.tensors("d")[0]
     ends = []
     for began in (0, 0, SIZE // 2, SIZE - SIZE // 8):
-        cache = owner.add("large", desc([1, SIZE]), SOURCE, BlocksCacheKey(THEIRS), blocks=True, owned=owned)
+        cache = owner.add("large", desc([1, SIZE]), SOURCE, BlocksCacheKey(THEIRS), blocks=True, owned=owned, content=ramp)
         view[:] = ~right
         transfer = Background(local.manage, "pull_blocks", BlocksCacheKey(THEIRS), "d", [0], [0])
         # a guess is enough: at whatever moment the memory goes, the outcome is one of two
         transfer.reaches(view, right, began)
         with contextlib.suppress(LLMException):
-            owner.run(TAKE_BACK[how], cache=cache)  # a pool that is still held has no room for the new cache
+            owner.run(TAKE_BACK[how], cache=cache, ramp=ramp)  # a pool that is still held has no room for the new cache
         try:
             transfer.result()
             ends.append(SUCCESS)
@@ -228,23 +230,23 @@ def test_a_pull_by_key_keeps_the_memory_until_it_has_ended(local, owner):
     address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {SIZE}}}')
     local.open(OURS, listen=None)
     assert local.link(address, THEIRS) is SUCCESS
-    right = pattern(SOURCE, 0, SIZE)
-    local.add("d", desc([1, SIZE]), TARGET)
+    right = ramp(SOURCE, 0, SIZE)
+    local.add("d", desc([1, SIZE]), TARGET, content=ramp)
     view = local.tensors("d")[0]
     key = CacheKey(THEIRS, req_id=1)
     for _ in range(2):
-        owner.add("large", desc([1, SIZE]), SOURCE, [key], owned=True)
+        owner.add("large", desc([1, SIZE]), SOURCE, [key], owned=True, content=ramp)
         view[:] = ~right
         transfer = Background(local.manage, "pull_cache", key, "d")
         transfer.reaches(view, right)
         owner.drop("large")
         owner.manage("remove_cache_key", key)  # or the pull has released it by now
         with contextlib.suppress(LLMException):  # out of memory, unless the pull was through
-            owner.add("new", desc([1, SIZE]), 99, owned=True)
+            owner.add("new", desc([1, SIZE]), 99, owned=True, content=ramp)
         transfer.result()
         assert np.array_equal(view, right)
         if not owner.run("result = end.caches.pop('new', None) and end.manager.unregister_cache(2) is None"):
-            owner.add("new", desc([1, SIZE]), 99, owned=True)  # the memory is free now
+            owner.add("new", desc([1, SIZE]), 99, owned=True, content=ramp)  # the memory is free now
             owner.drop("new")
         owner.close()
         assert local.link(owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {SIZE}}}'), THEIRS) is SUCCESS
@@ -273,6 +275,7 @@ def test_unregistering_a_destination_waits_for_the_pull_into_it(local, owner):
 # --- deadlines
 
 
+@pytest.mark.parametrize("transport", ["tcp"], indirect=True, scope="module")  # over shm it would not need the peer
 def test_a_pull_from_a_stopped_peer_ends_at_its_deadline_and_touches_nothing_after(local, owner):
     timeout = 2.0
     link(local, owner, sync_kv_timeout=int(timeout * 1000))
@@ -375,15 +378,15 @@ def test_a_stopped_peer_does_not_keep_another_one(local, owner):
 
 def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local):
     size = 1 << 26
-    right = {life: pattern(life, 0, size) for life in range(3)}
+    right = {life: ramp(life, 0, size) for life in range(3)}
     address = ADDRESS
     local.open(OURS, listen=None)
-    local.add("d", desc([1, size]), TARGET)
+    local.add("d", desc([1, size]), TARGET, content=ramp)
     view = local.tensors("d")[0]
     for life in range(3):
         with Peer() as peer:
             address = peer.open(THEIRS, listen=address)
-            cache_id = peer.add("s", desc([1, size]), life)
+            cache_id = peer.add("s", desc([1, size]), life, content=ramp)
             assert local.link(address, THEIRS) is SUCCESS
             local.manage("pull_cache", by_id(cache_id), "d")
             assert np.array_equal(view, right[life])
@@ -401,14 +404,50 @@ def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for
             assert local.checksum("d") == settled
 
 
+def test_a_puller_that_dies_in_the_middle_releases_nothing(local):
+    address = local.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {SIZE}}}')  # there is room for one
+    key = CacheKey(THEIRS, req_id=1)
+    right = ramp(SOURCE, 0, SIZE)
+    first, last = int(right[0]), int(right[-1])
+    for _ in range(10):
+        local.add("s", desc([1, SIZE]), SOURCE, [key], owned=True, content=ramp)
+        local.drop("s")  # from here on the key alone holds the memory
+        with Peer() as puller:
+            puller.open(OURS, listen=None)
+            puller.add("d", desc([1, SIZE]), TARGET, content=ramp)
+            puller.run("view = end.tensors('d')[0]; view[0], view[-1] = ends", ends=(~first & 0xFF, ~last & 0xFF))
+            assert puller.link(address, THEIRS) is SUCCESS
+            with puller.watched("d") as byte:
+                call = puller.begin("manage", "pull_cache", key, "d")
+                wait_until(lambda byte=byte, call=call: byte(0) == first or call.ended(), "bytes arrive")
+                with puller.stopped():
+                    unfinished = byte(SIZE - 1) != last
+                    puller.kill()
+        if unfinished:
+            break
+        wait_until(lambda: "dead" in local.ask("explain", OURS), "it is seen")
+        local.manage("remove_cache_key", key)  # or the pull had released it
+    else:
+        pytest.fail("no puller died in the middle")
+    wait_until(lambda: "dead" in local.ask("explain", OURS), "it is seen")
+    with Peer() as puller:
+        puller.open(OURS, listen=None)
+        puller.add("d", desc([1, SIZE]), TARGET, content=ramp)
+        assert puller.link(address, THEIRS) is SUCCESS
+        puller.manage("pull_cache", key, "d")
+        assert puller.checksum("d") == zlib.crc32(right)
+        refused(puller.manage, "pull_cache", key, "d", code=NOT_EXIST)
+    local.add("new", desc([1, SIZE]), 99, owned=True, content=ramp)  # and the memory is free
+
+
 def test_an_engine_that_is_finalized_during_a_pull_fails_it_or_was_through(local, owner):
-    right = pattern(SOURCE, 0, SIZE)
+    right = ramp(SOURCE, 0, SIZE)
     for _ in range(3):
         address = owner.open(THEIRS)
         if local.engine is None:
             local.open(OURS, listen=None)
-            local.add("d", desc([1, SIZE]), TARGET)
-        cache_id = owner.add("s", desc([1, SIZE]), SOURCE)
+            local.add("d", desc([1, SIZE]), TARGET, content=ramp)
+        cache_id = owner.add("s", desc([1, SIZE]), SOURCE, content=ramp)
         assert local.link(address, THEIRS) is SUCCESS
         view = local.tensors("d")[0]
         view[:] = ~right

@@ -205,11 +205,13 @@ ACCEPTED = [
     {"open.Device": "auto"},
     {"open.Device": "host"},
     {"open.Transport": "auto"},
+    {"open.Transport": "shm"},
     {"open.Transport": "tcp"},
     {"open.CopyThreads": "1"},
     {"open.CopyThreads": "64"},
     {"open.TcpConnections": "16"},
     {"open.PeerDeadMillis": "100"},
+    {"open.SpinMicros": "1000000"},
     {"open.MultipleEngines": "0", "open.SpinMicros": "0", "open.Relink": "0", "open.Integrity": "off"},
 ]
 
@@ -320,11 +322,10 @@ def test_a_bad_option_is_refused(given):
 
 NOT_BUILT = [
     {"open.Device": "cann"},
-    *[{"open.Transport": name} for name in ("shm", "ucx", "cann")],
+    *[{"open.Transport": name} for name in ("ucx", "cann")],
     {"open.Fabric": "loopback"},
     {"open.MultipleEngines": "1"},
     {"open.RendezvousPort": "16666"},
-    {"open.SpinMicros": "50"},
     {"open.Relink": "1"},
     {"open.Integrity": "sampled"},
     {"open.Integrity": "always"},
@@ -532,6 +533,7 @@ def test_on_hixl_the_listen_address_is_that_of_init():
     ("env", "given", "code"),
     [
         ({"LLM_DATADIST_TRANSPORT": "tcp", "LLM_DATADIST_COPY_THREADS": "2"}, {}, None),
+        ({"LLM_DATADIST_TRANSPORT": "shm"}, {}, None),
         ({"LLM_DATADIST_TRANSPORT": "rdma"}, {}, PARAM_INVALID),
         ({"LLM_DATADIST_TRANSPORT": ""}, {}, PARAM_INVALID),
         ({"LLM_DATADIST_COPY_THREADS": "0"}, {}, PARAM_INVALID),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 import socket
 import threading
@@ -24,22 +23,14 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 FAILED = LLMStatusCode.LLM_FAILED
 
+pytestmark = pytest.mark.usefixtures("quiet")  # links fail here, on purpose
+
 OURS, THEIRS = 2, 1  # cluster ids
 ROW = [1, 64]
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    """Links that fail are logged as errors, later and from another thread: not between the dots of a test run."""
-    logger = log.get_logger()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    yield
-    logger.setLevel(level)
-
-
 @pytest.fixture(scope="module")
-def process():
+def process(transport):
     with Peer() as peer:
         yield peer
 
@@ -576,12 +567,12 @@ def test_a_live_link_keeps_the_role(linked, local, remote):
     pulls(local, THEIRS, number=1)  # caches are unaffected
 
 
-def test_explain_tells_of_both_ends(linked, local, remote):
+def test_explain_tells_of_both_ends(linked, local, remote, transport):
     ours, theirs = local.ask("explain", THEIRS), remote.ask("explain", OURS)
     assert f"cluster {THEIRS}: linked, dialed at {linked}" in ours
     assert f"cluster {OURS}: linked, accepted from 127.0.0.1:" in theirs
     for text in (ours, theirs):
-        assert "transport: tcp" in text and "same host: shown" in text and "data connection 0" in text
+        assert f"transport: {transport}" in text and "same host: shown" in text and "data connection 0" in text
     assert local.ask("explain", 12345) == ""
 
 
@@ -605,7 +596,7 @@ def test_the_link_to_a_finalized_peer_is_dead(linked, local, remote):
     assert local.ask("unlink_clusters", [cluster(linked, THEIRS)], 5000) == (SUCCESS, [SUCCESS])
 
 
-def test_a_killed_peer_fails_the_calls_in_flight_and_those_after(local):
+def test_a_killed_peer_fails_the_calls_in_flight_and_those_after(local, transport):
     with Peer() as peer:
         address = peer.open(THEIRS)
         local.open(OURS, sync_kv_timeout=60_000)
@@ -628,7 +619,7 @@ def test_a_killed_peer_fails_the_calls_in_flight_and_those_after(local):
         assert local.ask("unlink_clusters", [cluster(address, THEIRS)], 5000) == (SUCCESS, [SUCCESS])
 
 
-def test_a_restarted_peer_gives_new_bytes_and_no_old_ones(local):
+def test_a_restarted_peer_gives_new_bytes_and_no_old_ones(local, transport):
     local.open(OURS)
     local.add("take", desc(ROW), 50)
     address = ADDRESS

@@ -76,7 +76,7 @@ def test_a_child_that_a_handler_forks_in_the_middle_of_a_pull_does_not_hang(owne
 
 def test_no_descriptor_of_the_engine_is_open_in_a_child(host: Any) -> None:
     kinds = {name.split("[")[0].split(":")[0] for _, name in host.ours}
-    assert {"socket", "anon_inode"} <= kinds, host.ours
+    assert {"socket", "anon_inode", "/memfd"} <= kinds, host.ours
     left = [name for fd, name in inside(host, living_host.open_in_child) if [fd, name] in host.ours]
     assert Counter(left) - GO_POLLER == Counter()
 

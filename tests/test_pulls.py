@@ -46,7 +46,7 @@ def by_id(cache_id, batch=0):
 
 
 @pytest.fixture(scope="module")
-def process():
+def process(transport):
     with Peer() as peer:
         yield peer
 

@@ -84,7 +84,7 @@ def opened(role, cluster_id=DECODER, **given):
 
 
 @pytest.fixture(scope="module")
-def process():
+def process(transport):
     with Peer() as peer:
         yield peer
 

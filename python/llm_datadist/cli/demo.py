@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="type of an element (fp16)")
     parser.add_argument("--tokens", type=_positive, default=2048, metavar="N", help="tokens in the cache (2048)")
     parser.add_argument("--block-tokens", type=_positive, default=16, metavar="N", help="tokens of a block (16)")
-    parser.add_argument("--transport", choices=("auto", "tcp"), help="transport to require (auto)")
+    parser.add_argument("--transport", choices=("auto", "shm", "tcp"), help="transport to require (auto)")
     parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="seconds that one step may take (60)")
     parser.add_argument("--role", choices=("prompt", "decoder"), help=argparse.SUPPRESS)  # of a child
     parser.add_argument("--address", help=argparse.SUPPRESS)  # where a decoder finds the prompt
