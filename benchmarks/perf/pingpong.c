@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The floor of a small pull over sockets: a request and its answer over one loopback connection with cubic, both ends asleep in read.
-// usage: pingpong pingpong <W..> [...]; the answer has the bytes of one call of the workload. Prints what limit prints.
+// usage: pingpong <W..> [...]; the answer has the bytes of one call of the workload. Prints what limit prints.
 #include "wl.h"
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -60,9 +60,9 @@ static void run(const wl_t *w) {
 }
 
 int main(int count, char **args) {
-  if (count < 3 || strcmp(args[1], "pingpong")) return fprintf(stderr, "usage: pingpong pingpong <W..> [...]\n"), 1;
+  if (count < 2) return fprintf(stderr, "usage: pingpong <W..> [...]\n"), 1;
   int failed = 0;
-  for (int i = 2; i < count; i++) {
+  for (int i = 1; i < count; i++) {
     const wl_t *w = wl_find(args[i]);
     if (!w) return fprintf(stderr, "no workload %s\n", args[i]), 1;
     fflush(stdout);

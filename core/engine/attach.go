@@ -68,7 +68,7 @@ func (e *Engine) attach(peer link.Peer, conns []transport.Conn) (link.Attached, 
 		session, err := e.parts.Sessions(peer, conns, owner{e})
 		return link.Attached{Session: session, Transport: nameTCP}, err
 	}
-	control, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: owner{e}, Broken: peer.Fail})
+	control, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: owner{e}, Spin: e.options.Spin, Broken: peer.Fail})
 	if err != nil {
 		return link.Attached{}, err
 	}

@@ -48,7 +48,7 @@ type Engine struct {
 }
 
 // TCP returns the network of real sockets.
-func TCP() link.Network { return &link.TCP{NewData: tcp.NewConn} }
+func TCP() link.Network { return &link.TCP{NewData: tcp.NewConn, Control: tcp.Control} }
 
 // New makes an engine: its pools are reserved and, where the options say so, its listener is bound.
 // Errors: OutOfMemory where a pool can't be had, Failed where the address can't be bound, ParamInvalid for options.

@@ -30,6 +30,7 @@ type Options struct {
 	CopyThreads    int           // open.CopyThreads
 	TCPConnections int           // open.TcpConnections: data connections of a link
 	PeerDead       time.Duration // open.PeerDeadMillis
+	Spin           time.Duration // open.SpinMicros: how long a waiting tcp call spins before it sleeps; 0: as the transport thinks best
 }
 
 // The option keys of spec §10 that the engine reads.
@@ -58,7 +59,8 @@ const (
 	mostCopyThreads       = 64
 	defaultCopyThreads    = 4 // beyond four, copies wait for memory, not for cores
 	mostTCPConnections    = 16
-	leastPeerDeadMillis   = 100 // a quarter of it is the time between pings
+	leastPeerDeadMillis   = 100       // a quarter of it is the time between pings
+	mostSpinMicros        = 1_000_000 // a core that spins for longer waits for nothing that is near
 )
 
 // ParseOptions reads the options that the native layer checks (spec §7.1) and ours (docs/options.md), an option before the environment
@@ -167,7 +169,6 @@ var ourWords = []ourOption{
 	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{"loopback"}, []string{}},
 	{"open.MultipleEngines", "", []string{"0", "1"}, []string{"0"}},
 	{"open.RendezvousPort", "LLM_DATADIST_RENDEZVOUS_PORT", nil, []string{}},
-	{"open.SpinMicros", "LLM_DATADIST_SPIN_MICROS", nil, []string{"0"}},
 	{"open.Relink", "", []string{"0", "1"}, []string{"0"}},
 	{"open.Integrity", "LLM_DATADIST_INTEGRITY", []string{"off", "sampled", "always"}, []string{"off"}},
 	{"open.AuthSecretFile", "LLM_DATADIST_AUTH_SECRET_FILE", nil, []string{}},
@@ -182,10 +183,11 @@ const (
 	keyCopyThreads    = "open.CopyThreads"
 	keyTCPConnections = "open.TcpConnections"
 	keyPeerDeadMillis = "open.PeerDeadMillis"
+	keySpinMicros     = "open.SpinMicros"
 )
 
 func (r *optionReader) ours(o *Options) {
-	known := map[string]bool{keyCopyThreads: true, keyTCPConnections: true, keyPeerDeadMillis: true}
+	known := map[string]bool{keyCopyThreads: true, keyTCPConnections: true, keyPeerDeadMillis: true, keySpinMicros: true}
 	words := map[string]string{}
 	for _, option := range ourWords {
 		known[option.key] = true
@@ -200,6 +202,7 @@ func (r *optionReader) ours(o *Options) {
 	o.CopyThreads = int(r.number(keyCopyThreads, "LLM_DATADIST_COPY_THREADS", int64(min(defaultCopyThreads, runtime.NumCPU())), 1, mostCopyThreads))
 	o.TCPConnections = int(r.number(keyTCPConnections, "LLM_DATADIST_TCP_CONNECTIONS", defaultTCPConnections, 1, mostTCPConnections))
 	o.PeerDead = time.Duration(r.number(keyPeerDeadMillis, "LLM_DATADIST_PEER_DEAD_MILLIS", defaultPeerDeadMillis, leastPeerDeadMillis, 1<<31-1)) * time.Millisecond
+	o.Spin = time.Duration(r.number(keySpinMicros, "LLM_DATADIST_SPIN_MICROS", 0, 0, mostSpinMicros)) * time.Microsecond
 }
 
 // word reads an option of the table; "" where it is set nowhere.

@@ -62,11 +62,14 @@ func TestOptionsAreRead(t *testing.T) {
 		{[]string{"open.CopyThreads", "64", "open.TcpConnections", "16", "open.PeerDeadMillis", "100"}, func(o *Options) {
 			o.CopyThreads, o.TCPConnections, o.PeerDead = 64, 16, 100*time.Millisecond
 		}},
-		{[]string{"open.MultipleEngines", "0", "open.SpinMicros", "0", "open.Relink", "0", "open.Integrity", "off"}, func(*Options) {}},
+		{[]string{"open.MultipleEngines", "0", "open.Relink", "0", "open.Integrity", "off"}, func(*Options) {}},
 		{[]string{"LLM_DATADIST_DEVICE", "host", "LLM_DATADIST_TRANSPORT", "tcp"}, func(o *Options) { o.Device, o.Transport = "host", "tcp" }},
 		{[]string{"LLM_DATADIST_COPY_THREADS", "3", "LLM_DATADIST_TCP_CONNECTIONS", "4", "LLM_DATADIST_PEER_DEAD_MILLIS", "700"}, func(o *Options) {
 			o.CopyThreads, o.TCPConnections, o.PeerDead = 3, 4, 700*time.Millisecond
 		}},
+		{[]string{"open.SpinMicros", "0"}, func(*Options) {}},
+		{[]string{"open.SpinMicros", "1000000"}, func(o *Options) { o.Spin = time.Second }},
+		{[]string{"LLM_DATADIST_SPIN_MICROS", "200"}, func(o *Options) { o.Spin = 200 * time.Microsecond }},
 		{[]string{"open.TcpConnections", "5", "LLM_DATADIST_TCP_CONNECTIONS", "nonsense"}, func(o *Options) { o.TCPConnections = 5 }},
 		{[]string{"open.Transport", "tcp", "LLM_DATADIST_TRANSPORT", "ucx"}, func(o *Options) { o.Transport = "tcp" }},
 	} {
@@ -90,6 +93,7 @@ func TestBadOptions(t *testing.T) {
 		{"open.Device", ""}, {"open.Device", "gpu"}, {"open.Transport", "TCP"}, {"open.Fabric", "x"}, {"open.MultipleEngines", "2"}, {"open.Relink", "yes"},
 		{"open.Integrity", "on"}, {"open.CopyThreads", "0"}, {"open.CopyThreads", "65"}, {"open.CopyThreads", "+4"}, {"open.TcpConnections", "17"},
 		{"open.TcpConnections", "two"}, {"open.PeerDeadMillis", "99"}, {"open.PeerDeadMillis", "1.5"},
+		{"open.SpinMicros", "-1"}, {"open.SpinMicros", "1000001"}, {"open.SpinMicros", "0.5"}, {"LLM_DATADIST_SPIN_MICROS", "long"},
 		{"LLM_DATADIST_DEVICE", "gpu"}, {"LLM_DATADIST_TRANSPORT", "rdma"}, {"LLM_DATADIST_INTEGRITY", "maybe"}, {"LLM_DATADIST_FABRIC", "x"},
 		{"LLM_DATADIST_COPY_THREADS", "many"}, {"LLM_DATADIST_TCP_CONNECTIONS", "0"}, {"LLM_DATADIST_PEER_DEAD_MILLIS", "-5"},
 	} {
@@ -104,11 +108,11 @@ func TestBadOptions(t *testing.T) {
 func TestOptionsOfPartsThatAreNotBuilt(t *testing.T) {
 	for _, c := range [][]string{
 		{"open.Device", "cann"}, {"open.Transport", "ucx"}, {"open.Transport", "cann"}, {"open.Fabric", "loopback"},
-		{"open.MultipleEngines", "1"}, {"open.RendezvousPort", "16666"}, {"open.SpinMicros", "20"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
+		{"open.MultipleEngines", "1"}, {"open.RendezvousPort", "16666"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
 		{"open.Integrity", "always"}, {"open.AuthSecretFile", "/x"}, {"open.TlsCertFile", "/x"}, {"open.TlsKeyFile", "/x"}, {"open.TlsCaFile", "/x"},
 		{"open.MetricsAddress", "127.0.0.1:1"},
 		{"LLM_DATADIST_DEVICE", "cann"}, {"LLM_DATADIST_TRANSPORT", "ucx"}, {"LLM_DATADIST_FABRIC", "loopback"}, {"LLM_DATADIST_RENDEZVOUS_PORT", "1"},
-		{"LLM_DATADIST_SPIN_MICROS", "5"}, {"LLM_DATADIST_INTEGRITY", "always"}, {"LLM_DATADIST_AUTH_SECRET_FILE", "/x"},
+		{"LLM_DATADIST_INTEGRITY", "always"}, {"LLM_DATADIST_AUTH_SECRET_FILE", "/x"},
 		{"LLM_DATADIST_TLS_CERT_FILE", "/x"}, {"LLM_DATADIST_TLS_KEY_FILE", "/x"}, {"LLM_DATADIST_TLS_CA_FILE", "/x"}, {"LLM_DATADIST_METRICS_ADDRESS", "x"},
 	} {
 		_, err := parse(c...)

@@ -18,6 +18,8 @@ import (
 // owns it from then on.
 type TCP struct {
 	NewData func(net.Conn) (transport.Conn, error)
+	// Control, where it is set, prepares a socket before it is bound or connected.
+	Control func(network, address string, c syscall.RawConn) error
 }
 
 // Listen binds address. An IPv4 address means IPv4 only.
@@ -26,7 +28,7 @@ func (t TCP) Listen(address string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	config := net.ListenConfig{KeepAlive: -1}
+	config := net.ListenConfig{KeepAlive: -1, Control: t.Control}
 	config.SetMultipathTCP(false) // Go turns it on, and it changes what the sockets can do
 	return config.Listen(context.Background(), network, address)
 }
@@ -37,7 +39,7 @@ func (t TCP) Dial(ctx context.Context, source, address string) (net.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	dialer := net.Dialer{KeepAlive: -1}
+	dialer := net.Dialer{KeepAlive: -1, Control: t.Control}
 	dialer.SetMultipathTCP(false)
 	if source != "" {
 		ip, err := netip.ParseAddr(source)

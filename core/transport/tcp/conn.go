@@ -28,6 +28,7 @@ type Conn struct {
 	poller  *poller
 	ended   atomic.Bool
 	endOnce sync.Once
+	batch   int // see Batch; whoever receives works on it
 
 	mu        sync.Mutex // guards what follows
 	parked    bool
@@ -46,7 +47,7 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("take over a data connection: %w", err)
 	}
-	made := &Conn{fd: fd, local: isLocalPath(local, remote), ports: portOf(local) + portOf(remote)}
+	made := &Conn{fd: fd, local: isLocalPath(local, remote), ports: portOf(local) + portOf(remote), batch: 1}
 	if made.poller, err = sharedPoller(); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("start the poller of idle connections: %w", err)
@@ -102,18 +103,40 @@ func tune(fd int, local bool) (string, error) {
 // alone costs half to two thirds of the throughput there. On a wire the system's choice stands.
 const loopbackCongestion = "cubic"
 
+// Control gives a socket its congestion control before it is bound or connected. It can't come later: a connection that was made under
+// a pacing algorithm is paced for ever, with a timer for each packet, whatever algorithm comes next. NewConn gives the system's choice
+// back where the path is a wire. A system that does not allow it costs only speed.
+func Control(_, _ string, c syscall.RawConn) error {
+	return c.Control(func(fd uintptr) {
+		if name, err := unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION); err == nil {
+			systemCongestion.CompareAndSwap(nil, &name)
+		}
+		_ = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, loopbackCongestion)
+	})
+}
+
+// systemCongestion is what a socket has that Control has not seen yet; nil where that is not known.
+var systemCongestion atomic.Pointer[string]
+
+// chooseCongestion sets the congestion control of a connection and returns its name.
 func chooseCongestion(fd int, local bool) (string, error) {
 	name, err := unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION)
 	if err != nil {
 		return "", err
 	}
-	if !local || name == loopbackCongestion || name == "reno" {
+	wanted := name
+	if system := systemCongestion.Load(); local && name != "reno" {
+		wanted = loopbackCongestion
+	} else if !local && system != nil {
+		wanted = *system
+	}
+	if name == wanted {
 		return name, nil
 	}
-	if err := unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, loopbackCongestion); err != nil {
-		return name + " (" + loopbackCongestion + " is not allowed here: " + err.Error() + ")", nil
+	if err := unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, wanted); err != nil {
+		return name + " (" + wanted + " is not allowed here: " + err.Error() + ")", nil
 	}
-	return loopbackCongestion, nil
+	return wanted, nil
 }
 
 // isLocalPath reports that both ends of a connection have the same address or a loopback one: its packets never leave the host.
@@ -136,6 +159,13 @@ func (c *Conn) LocalPath() (int, bool) { return c.ports, c.local }
 
 // Bound limits what is sent ahead of the receiver. A system that does not allow it costs only speed.
 func (c *Conn) Bound(bytes int) { _ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bytes) }
+
+// Batch has the kernel wake who waits in Receive when so many bytes have come, instead of at the first. They must be certain to come.
+func (c *Conn) Batch(bytes int) {
+	if c.batch != bytes && unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, bytes) == nil {
+		c.batch = bytes
+	}
+}
 
 // Receive implements transport.Conn.
 func (c *Conn) Receive(spans []mem.Span) (int, error) {

@@ -66,6 +66,17 @@ func (s *Session) newPull() *pull {
 	return p
 }
 
+// freeLane is the first on which nobody receives, so that small pulls that follow each other find the owner's end of one lane awake;
+// otherwise is for when there is none.
+func (s *Session) freeLane(otherwise *lane) *lane {
+	for _, l := range s.lanes {
+		if len(l.turn) > 0 {
+			return l
+		}
+	}
+	return otherwise
+}
+
 // recycle gives the pull back. It is off the table, over, and its caller is done with it.
 func (p *pull) recycle() {
 	p.stream.recycle()
@@ -209,6 +220,7 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 	p.stream.addrs = append(p.stream.addrs[:0], local.Addrs...)
 	if p.led = p.resolve || len(s.lanes) == 1 || wantedBytes(req) <= stripeAbove; p.led {
 		flags |= flagOneLane
+		p.lane = s.freeLane(p.lane)
 	}
 	h := header{kind: kindRequest, flags: flags, length: uint32(length), operation: p.id, a: requestMillis(deadline)}
 	f, body, err := s.newFrame(h)

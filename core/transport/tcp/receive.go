@@ -49,6 +49,7 @@ func (rx *receiving) between() bool { return rx.phase == atHeader && rx.ready() 
 func (l *lane) receiveLoop() {
 	defer l.session.workers.Done()
 	for {
+		l.conn.Park()
 		<-l.turn
 		err := l.attend()
 		l.turn <- struct{}{}
@@ -56,7 +57,6 @@ func (l *lane) receiveLoop() {
 			l.session.broke(err)
 			return
 		}
-		l.conn.Park()
 	}
 }
 
@@ -74,7 +74,7 @@ const (
 func (l *lane) attend() error {
 	defer func() {
 		l.rx.request = transport.Request{} // its block lists can have megabytes
-		l.dropSpace()
+		l.rest()
 	}()
 	l.seat.take()
 	defer l.seat.leave() // a parked connection has no thread
@@ -114,12 +114,17 @@ func (l *lane) poll(since time.Time) (int, error) {
 		if n, err := l.step(false); n > 0 || err != nil {
 			return n, err
 		}
-		if l.rx.led || l.callers.Load() > 0 || !l.session.polls(since) {
+		if l.rx.led || l.callers.Load() > 0 || !l.worthPolling(since) {
 			return 0, nil
 		}
 		l.sendPoked()
 		yield()
 	}
+}
+
+// worthPolling is polls, except where large frames come from a sender on the same core: polling would take its time.
+func (l *lane) worthPolling(since time.Time) bool {
+	return !(l.seat.kept && l.session.planned.Load() > 0) && l.session.polls(since)
 }
 
 // sendPoked sends what another lane has told this one of.
@@ -151,7 +156,7 @@ const leastLead = transport.MaxWaitMillis * time.Millisecond / 2
 func (l *lane) lead(ctx context.Context, p *pull, until time.Time) error {
 	l.watch(false)
 	err := l.leadOn(ctx, p, until)
-	l.dropSpace()
+	l.rest()
 	l.watch(true)
 	l.turn <- struct{}{}
 	if err != nil {
@@ -216,6 +221,12 @@ func (l *lane) dropSpace() {
 	}
 }
 
+// rest is for the end of a turn.
+func (l *lane) rest() {
+	l.batch(1) // whoever waits next, parked or not, hears of each byte
+	l.dropSpace()
+}
+
 // scratch returns memory for bytes that nobody wants.
 func (l *lane) scratch() (mem.Span, error) {
 	if l.rx.scratch == nil {
@@ -238,6 +249,7 @@ func (l *lane) step(block bool) (int, error) {
 	}
 	n := 0
 	if block {
+		l.await()
 		n, err = l.conn.Receive(spans)
 	} else {
 		n, err = l.conn.TryReceive(spans)
@@ -263,6 +275,39 @@ func (l *lane) step(block bool) (int, error) {
 	}
 	rx.have += n - int(payload)
 	return n, l.digest()
+}
+
+// batched is a connection that can be told how much to wait for.
+type batched interface {
+	Batch(bytes int)
+}
+
+// Amounts that a receiver of large frames waits for. Woken by each packet it would take the core from the sender for 64 KiB at a time.
+const (
+	manyBytes = 256 << 10
+	someBytes = 64 << 10
+)
+
+// await says how much to wait for: half at most of what is certain to come, since what was taken out before the wait does not count.
+func (l *lane) await() {
+	certain := uint64(0)
+	if l.rx.phase == inData {
+		certain = l.rx.left
+	}
+	switch {
+	case certain >= 2*manyBytes:
+		l.batch(manyBytes)
+	case certain >= 2*someBytes:
+		l.batch(someBytes)
+	default:
+		l.batch(1)
+	}
+}
+
+func (l *lane) batch(bytes int) {
+	if c, ok := l.conn.(batched); ok {
+		c.Batch(bytes)
+	}
 }
 
 func notWritable() *status.Error {
