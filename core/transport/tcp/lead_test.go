@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -355,20 +354,6 @@ func TestPullsWhereBothEndsSpin(t *testing.T) {
 		require.NoError(t, ends[0].Pull(within(t, settleTime), req, dst.local()))
 		dst.requireContent(t, want)
 	}
-}
-
-func TestIdleLinkWithSpinSleeps(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		l := &link{net: fabric.New(1)}
-		l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-		a, b := fabricConns(t, l, 1)
-		for _, conns := range [][]transport.Conn{a, b} {
-			s, err := NewSession(Config{Conns: conns, Owner: newOwner(t), Spin: -1, Broken: func(error) {}})
-			require.NoError(t, err)
-			t.Cleanup(func() { s.Close(errClosed) })
-		}
-		synctest.Wait() // would not return if anybody polled
-	})
 }
 
 func TestConnectionsAreNotPaced(t *testing.T) {

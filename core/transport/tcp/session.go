@@ -5,8 +5,8 @@
 // The initiator sends a request; the owner resolves it, builds the plan and sends entry and bytes in frames, striped over the
 // connections where there is enough to move; the initiator builds the same plan and receives into place (rule 2 of docs/design.md).
 // Each connection is driven by system calls on goroutines of its own, one that receives and one that sends, not by Go's network
-// poller: that one is told of every packet and costs a third of the throughput on loopback. A connection that has been idle is parked,
-// so that threads belong to active connections only.
+// poller: that one is told of every packet and costs a third of the throughput on loopback. Who waits for a small pull receives it on
+// its own thread. A connection that has been idle is parked, so that threads belong to active connections only.
 //
 // The package never touches memory of an operation that has ended (rule 4), never keeps a lock while it waits for a peer, and never
 // holds up one caller's bytes for another's: frames are at most 1 MiB, and operations take turns.
