@@ -154,7 +154,7 @@ func (d *Direct) begin(deadline time.Time, req *Request, local Local) (*reading,
 	}
 	p := readings.Get().(*reading)
 	p.direct, p.req, p.local, p.deadline = d, req, local, deadline
-	p.tried, p.ended, p.touched, p.err = false, false, false, nil
+	p.tried, p.ended, p.begun, p.touched, p.err = false, false, false, false, nil
 	return p, nil
 }
 
@@ -167,6 +167,7 @@ type reading struct {
 	limit    time.Time // until when Advance may go on
 	tried    bool      // Advance has done what it can
 	ended    bool      // with err
+	begun    bool      // something was to be read
 	touched  bool      // something was read into local memory, of a cache of the shape first
 	first    plan.Shape
 	err      error
@@ -281,7 +282,7 @@ func (p *reading) pull(ctx, reading context.Context) error {
 // died says of a pull that was under way when the link ended why it did; that there is no link is the answer to later ones.
 func (p *reading) died(err error) error {
 	var cause *status.Error
-	if p.touched && status.CodeOf(err) == status.NotYetLink && errors.As(errors.Unwrap(err), &cause) {
+	if p.begun && status.CodeOf(err) == status.NotYetLink && errors.As(errors.Unwrap(err), &cause) {
 		return cause
 	}
 	return err
@@ -507,6 +508,7 @@ func (p *reading) copy(ctx context.Context, f *found) error {
 				next, done = next+1, 0
 			}
 		}
+		p.begun = true
 		err := cfg.Reader.Read(ctx, access, p.moves, cfg.BatchBytes-left)
 		if !p.touched && !errors.Is(err, ErrNoAccess) {
 			p.touched, p.first = true, f.Shape
