@@ -3,10 +3,10 @@
 package mem
 
 import (
+	"context"
 	"errors"
 	"os"
 	"sync"
-	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -23,9 +23,6 @@ type Move struct {
 const (
 	// copyChunk bounds how long garbage collection waits for a copy, which can't be preempted: 1 MiB takes about 0.1 ms.
 	copyChunk = 1 << 20
-	// parallelBytes is the total from which more threads pay off: starting and joining them costs some 10 us, about what one
-	// thread needs to copy 128 KiB; below 2 MiB they could save less than that is worth.
-	parallelBytes = 2 << 20
 	// kernelBatchBytes bounds one system call of CopyKernel: 16 MiB are some 10 ms even where every page is a fault, so that
 	// no call on a caller's memory comes near 100 ms.
 	kernelBatchBytes = 16 << 20
@@ -35,93 +32,64 @@ const (
 	pipeChunk = 64 << 10
 )
 
-// CopyDirect copies with stores of our own. The caller guarantees that all memory of moves is mapped and can't vanish.
+// CopyDirect copies with stores of our own. Memory that is not there is status.ParamInvalid.
 // With one thread moves are done in their order; with more they are done in any order, side by side, when there is enough to copy:
 // a caller whose moves depend on each other asks for one. It returns when everything is copied.
-func CopyDirect(moves []Move, threads int) {
-	var total uint64
+func CopyDirect(moves []Move, threads int) error {
+	crew := NewCrew(threads)
+	defer crew.Close()
+	total := totalOf(moves)
+	if err := crew.Copy(context.Background(), moves, total, plainStores{}); err != nil {
+		return status.Newf(status.ParamInvalid, status.StageTransfer, "copy %d bytes: %w", total, err)
+	}
+	return nil
+}
+
+func totalOf(moves []Move) (total uint64) {
 	for _, m := range moves {
 		total += m.Bytes
 	}
-	if threads <= 1 || total < parallelBytes {
-		for _, m := range moves {
-			copyPart(m, 0, m.Bytes)
-		}
-		return
-	}
-	threads = int(min(uint64(threads), total/copyChunk))
-	var claimed atomic.Uint64 // bytes of the moves, laid end to end, that some thread has taken
-	var others sync.WaitGroup
-	for range threads - 1 {
-		others.Go(func() { copyClaimed(moves, total, &claimed) })
-	}
-	copyClaimed(moves, total, &claimed)
-	others.Wait()
-}
-
-// copyClaimed takes one chunk after the other of what nobody has taken. Claims only grow, so one walk along moves serves all of them.
-func copyClaimed(moves []Move, total uint64, claimed *atomic.Uint64) {
-	var index int
-	var before uint64 // bytes of the moves before index
-	for {
-		end := claimed.Add(copyChunk)
-		from := end - copyChunk
-		if from >= total {
-			return
-		}
-		for end = min(end, total); from < end; {
-			for before+moves[index].Bytes <= from {
-				before += moves[index].Bytes
-				index++
-			}
-			part := min(end, before+moves[index].Bytes) - from
-			copyPart(moves[index], from-before, part)
-			from += part
-		}
-	}
-}
-
-// copyPart copies bytes of m from offset on, in chunks.
-func copyPart(m Move, offset, bytes uint64) {
-	for bytes > 0 {
-		n := min(bytes, copyChunk)
-		copy(View(m.Dst+uintptr(offset), n), View(m.Src+uintptr(offset), n))
-		offset += n
-		bytes -= n
-	}
+	return total
 }
 
 // CopyKernel copies, in order, by system calls that can't fault: memory that is not there, on either end, is status.ParamInvalid
 // with its addresses. What was copied until then stays copied.
 func CopyKernel(moves []Move) error {
-	return copyKernel(moves, readOwnProcess)
+	return copyKernel(wholeOf(moves), readOwnProcess)
 }
+
+// kernelCall is what one system call of copyKernel is given.
+type kernelCall struct {
+	dst, src [kernelBatchSpans]Span
+}
+
+var kernelCalls = sync.Pool{New: func() any { return new(kernelCall) }}
 
 // copyKernel is CopyKernel with the call that it tries first: read copies as many bytes as it can from src into dst, which are
 // lists of equal lengths.
-func copyKernel(moves []Move, read func(dst, src []Span) (uint64, error)) error {
-	var dst, src [kernelBatchSpans]Span
-	next := cursor{moves: moves}
+func copyKernel(left pieces, read func(dst, src []Span) (uint64, error)) error {
+	call := kernelCalls.Get().(*kernelCall)
+	defer kernelCalls.Put(call)
 	for {
-		spans, bytes := next.fill(&dst, &src)
+		ahead := left
+		spans, asked := ahead.fill(&call.dst, &call.src)
 		if spans == 0 {
 			return nil
 		}
-		copied, err := read(dst[:spans], src[:spans])
-		if err == unix.EINTR {
+		copied, err := read(call.dst[:spans], call.src[:spans])
+		switch {
+		case err == unix.EINTR:
 			continue
-		}
-		if err == unix.EPERM || err == unix.ENOSYS {
-			return copyPiped(next.rest())
+		case err == unix.EPERM || err == unix.ENOSYS:
+			return copyPiped(left.list())
+		case err == nil && (copied == 0 || copied > asked):
+			err = unix.EIO
 		}
 		if err != nil {
-			return copyFailed(next.here(), err)
+			return copyFailed(Move{Dst: call.dst[0].Addr, Src: call.src[0].Addr, Bytes: call.src[0].Bytes}, err)
 		}
 		// A short count is no error by itself: the next call begins where this one ended, and says why.
-		if copied == 0 || copied > bytes {
-			return copyFailed(next.here(), unix.EIO)
-		}
-		next.advance(copied)
+		left.skip(copied)
 	}
 }
 
@@ -136,59 +104,6 @@ func readOwnProcess(dst, src []Span) (uint64, error) {
 		return 0, errno
 	}
 	return uint64(n), nil
-}
-
-// cursor is a place in a list of moves.
-type cursor struct {
-	moves []Move
-	done  uint64 // bytes of moves[0] that are copied
-}
-
-// fill writes what comes next into the two lists and returns how many spans and bytes that is.
-func (c *cursor) fill(dst, src *[kernelBatchSpans]Span) (spans int, bytes uint64) {
-	done := c.done
-	for _, m := range c.moves {
-		if spans == len(dst) || bytes == kernelBatchBytes {
-			break
-		}
-		n := min(m.Bytes-done, kernelBatchBytes-bytes)
-		if n > 0 {
-			dst[spans] = Span{Addr: m.Dst + uintptr(done), Bytes: n}
-			src[spans] = Span{Addr: m.Src + uintptr(done), Bytes: n}
-			spans++
-		}
-		bytes += n
-		done = 0
-	}
-	return spans, bytes
-}
-
-func (c *cursor) advance(bytes uint64) {
-	c.done += bytes
-	for len(c.moves) > 0 && c.done >= c.moves[0].Bytes {
-		c.done -= c.moves[0].Bytes
-		c.moves = c.moves[1:]
-	}
-}
-
-// here is what is left of the first move that is not done.
-func (c *cursor) here() Move {
-	for _, m := range c.rest() {
-		if m.Bytes > 0 {
-			return m
-		}
-	}
-	return Move{}
-}
-
-func (c *cursor) rest() []Move {
-	if c.done == 0 {
-		return c.moves
-	}
-	m := c.moves[0]
-	rest := append([]Move{}, c.moves...)
-	rest[0] = Move{Dst: m.Dst + uintptr(c.done), Src: m.Src + uintptr(c.done), Bytes: m.Bytes - c.done}
-	return rest
 }
 
 // copyPiped copies through a pipe: slow (every byte twice), but write and read on a pipe are allowed wherever a process may run,

@@ -3,9 +3,6 @@
 package mem
 
 import (
-	"sync"
-	"unsafe"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/llm-datadist-open/llm-datadist/core/status"
@@ -41,10 +38,7 @@ type hostDevice struct{}
 
 func (hostDevice) Name() string { return "host" }
 
-func (hostDevice) Copy(moves []Move, threads int) error {
-	CopyDirect(moves, threads)
-	return nil
-}
+func (hostDevice) Copy(moves []Move, threads int) error { return CopyDirect(moves, threads) }
 
 func (hostDevice) Reserve(bytes uint64) (Memory, error) {
 	if bytes == 0 {
@@ -61,69 +55,21 @@ func (hostDevice) Reserve(bytes uint64) (Memory, error) {
 const poolSeals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 
 func reserveHost(bytes uint64) (*HostMemory, error) {
-	if bytes > maxMapping {
-		return nil, unix.ENOMEM
-	}
-	fd, err := createMemfd("llm_datadist pool")
-	if err != nil {
+	m := new(HostMemory)
+	if err := m.open("llm_datadist pool", bytes); err != nil {
 		return nil, err
 	}
-	m := &HostMemory{fd: fd, bytes: bytes}
-	if err := m.prepare(); err != nil {
-		_ = m.Close()
+	if err := m.seal(poolSeals); err != nil {
+		_ = m.Close() // nobody has seen it
 		return nil, err
 	}
+	// Huge pages are a wish; machines that don't grant them to shared memory refuse it or do nothing.
+	_ = unix.Madvise(m.region, unix.MADV_HUGEPAGE)
 	return m, nil
 }
 
-// createMemfd asks for a file that can never be executed, which hardened systems require, and does without where the kernel
-// (before 6.3) doesn't know of that.
-func createMemfd(name string) (int, error) {
-	const flags = unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
-	fd, err := unix.MemfdCreate(name, flags|unix.MFD_NOEXEC_SEAL)
-	if err == unix.EINVAL {
-		fd, err = unix.MemfdCreate(name, flags)
-	}
-	return fd, err
-}
-
 // HostMemory is a sealed memfd, mapped shared: reserved, and committed page by page when touched.
-type HostMemory struct {
-	fd     int
-	bytes  uint64
-	region []byte
-	once   sync.Once
-	err    error // what the one Close said
-}
-
-func (m *HostMemory) prepare() error {
-	if err := Track(m.fd); err != nil {
-		return err
-	}
-	if err := unix.Ftruncate(m.fd, int64(m.bytes)); err != nil {
-		return err
-	}
-	if _, err := unix.FcntlInt(uintptr(m.fd), unix.F_ADD_SEALS, poolSeals); err != nil {
-		return err
-	}
-	region, err := mapPages(m.fd, m.bytes, unix.MAP_SHARED|unix.MAP_NORESERVE)
-	if err != nil {
-		return err
-	}
-	m.region = region
-	// Huge pages are a wish; machines that don't grant them to shared memory refuse it or do nothing.
-	_ = unix.Madvise(region, unix.MADV_HUGEPAGE)
-	return nil
-}
-
-// Addr returns where the memory is mapped.
-func (m *HostMemory) Addr() uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(m.region))) }
-
-// Bytes returns how much was asked for.
-func (m *HostMemory) Bytes() uint64 { return m.bytes }
-
-// FD returns the memfd, for a transport to send to a peer of the same uid. It stays ours, and is gone after Close.
-func (m *HostMemory) FD() int { return m.fd }
+type HostMemory struct{ memoryFile }
 
 // Discard punches a hole: whole pages go back to the system, the rest of the range is zeroed.
 func (m *HostMemory) Discard(offset, bytes uint64) error {
@@ -147,14 +93,7 @@ func (m *HostMemory) Discard(offset, bytes uint64) error {
 
 // Close gives all pages back, also where a peer or a forked child still maps them, and unmaps and closes the memfd.
 func (m *HostMemory) Close() error {
-	m.once.Do(func() {
+	return m.close(func() {
 		_ = m.Discard(0, m.bytes) // memory that can't be given back now goes when the last mapping does
-		Untrack(m.fd)
-		m.err = unmapPages(m.region)
-		if err := unix.Close(m.fd); m.err == nil {
-			m.err = err
-		}
-		m.region, m.fd = nil, -1
 	})
-	return m.err
 }

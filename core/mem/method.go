@@ -39,6 +39,8 @@ type pieces struct {
 	bytes  uint64 // that are left
 }
 
+func wholeOf(moves []Move) pieces { return pieces{moves: moves, bytes: totalOf(moves)} }
+
 // next returns the run that comes next, of at most limit bytes and at least 1; false at the end.
 func (p *pieces) next(limit uint64) (Move, bool) {
 	for p.bytes > 0 {
@@ -109,30 +111,7 @@ func catchFault(was bool, err *error) {
 type kernelCopy struct{}
 
 func (kernelCopy) Copy(moves []Move, offset, bytes uint64) error {
-	left := pieces{moves, offset, bytes}
-	for left.bytes > 0 {
-		var dst, src [kernelBatchSpans]Span
-		ahead := left
-		spans, asked := ahead.fill(&dst, &src)
-		if spans == 0 {
-			return nil
-		}
-		copied, err := readOwnProcess(dst[:spans], src[:spans])
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err == unix.EPERM || err == unix.ENOSYS:
-			return copyPiped(left.list())
-		case err == nil && (copied == 0 || copied > asked):
-			err = unix.EIO
-		}
-		if err != nil {
-			return copyFailed(Move{Dst: dst[0].Addr, Src: src[0].Addr, Bytes: src[0].Bytes}, err)
-		}
-		// A short count is no error by itself: the next call begins where this one ended, and says why.
-		left.skip(copied)
-	}
-	return nil
+	return copyKernel(pieces{moves, offset, bytes}, readOwnProcess)
 }
 
 // fill moves on over what one system call takes, and writes it into the two lists.

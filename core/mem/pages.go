@@ -4,7 +4,6 @@ package mem
 
 import (
 	"fmt"
-	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -19,12 +18,7 @@ const pagesSealed = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_FUTURE_W
 
 // Pages is memory that this process alone can write and that others, who are given a descriptor of it, can read: a sealed memfd,
 // committed page by page when touched. A forked child doesn't have it.
-type Pages struct {
-	fd     int
-	region []byte
-	once   sync.Once
-	err    error // what the one Close said
-}
+type Pages struct{ memoryFile }
 
 // NewPages makes pages of zeros, at least bytes of them; name is what the system shows for them. It returns status.OutOfMemory where
 // there are none, and status.FeatureNotEnabled where the system can't keep others from writing (Linux before 5.1).
@@ -32,36 +26,17 @@ func NewPages(name string, bytes uint64) (*Pages, error) {
 	if bytes == 0 || bytes > maxMapping {
 		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "%d bytes of shared pages", bytes)
 	}
-	fd, err := createMemfd(name)
-	if err != nil {
+	p := new(Pages)
+	if err := p.open(name, bytes); err != nil {
 		return nil, noPages(bytes, err)
 	}
-	p := &Pages{fd: fd}
-	if err := p.prepare(bytes); err != nil {
+	keepFromChildren(p.region)
+	if err := p.seal(pagesSealed); err != nil {
 		_ = p.Close() // nobody has seen it
-		return nil, err
-	}
-	return p, nil
-}
-
-func (p *Pages) prepare(bytes uint64) error {
-	if err := Track(p.fd); err != nil {
-		return err
-	}
-	if err := unix.Ftruncate(p.fd, int64(bytes)); err != nil {
-		return noPages(bytes, err)
-	}
-	region, err := mapPages(p.fd, bytes, unix.MAP_SHARED|unix.MAP_NORESERVE)
-	if err != nil {
-		return noPages(bytes, err)
-	}
-	p.region = region
-	keepFromChildren(region)
-	if _, err := unix.FcntlInt(uintptr(p.fd), unix.F_ADD_SEALS, pagesSealed); err != nil {
-		return status.Newf(status.FeatureNotEnabled, status.StageCheck, "seal shared pages against writes of others: %w", err).
+		return nil, status.Newf(status.FeatureNotEnabled, status.StageCheck, "seal shared pages against writes of others: %w", err).
 			Hinting("shared memory needs Linux 5.1 or newer")
 	}
-	return nil
+	return p, nil
 }
 
 func noPages(bytes uint64, err error) error {
@@ -75,28 +50,9 @@ func keepFromChildren(region []byte) { _ = unix.Madvise(region, unix.MADV_DONTFO
 // Words shows the pages as words, in which all sharing happens: others look at them at any time.
 func (p *Pages) Words() []atomic.Uint64 { return words(p.region) }
 
-// FD returns the memfd, for [ReadOnly]. It stays ours, and is gone after Close.
-func (p *Pages) FD() int { return p.fd }
-
-// Bytes is how much was asked for.
-func (p *Pages) Bytes() uint64 { return uint64(len(p.region)) }
-
-// Addr returns where the pages are mapped.
-func (p *Pages) Addr() uintptr { return addressOf(p.region) }
-
 // Close unmaps the pages and closes the memfd. Peers keep what they have mapped: say in it that it is dead before. Vows in the pages are
 // taken back before, too. Closing twice is fine.
-func (p *Pages) Close() error {
-	p.once.Do(func() {
-		Untrack(p.fd)
-		p.err = unmapPages(p.region)
-		if err := unix.Close(p.fd); p.err == nil {
-			p.err = err
-		}
-		p.region, p.fd = nil, -1
-	})
-	return p.err
-}
+func (p *Pages) Close() error { return p.close(nil) }
 
 // ReadOnly opens the file of fd a second time, for reading only, with a file offset of its own. The caller owns the new descriptor, which
 // is not tracked.

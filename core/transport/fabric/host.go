@@ -186,9 +186,12 @@ func (h *Host) readDirect(peer *Host, moves []mem.Move) error {
 			}
 			at := uintptr(done)
 			chunk := mem.Move{Dst: m.Dst + at, Src: m.Src + at, Bytes: min(m.Bytes-done, directChunk)}
-			mem.CopyDirect([]mem.Move{chunk}, 1)
+			err := mem.CopyDirect([]mem.Move{chunk}, 1)
 			n.mu.Unlock() // let others in between chunks
 			n.mu.Lock()
+			if err != nil {
+				return err
+			}
 		}
 	}
 	return nil
