@@ -6,7 +6,6 @@ import (
 	"math"
 	"os"
 	"runtime"
-	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
 func TestMain(m *testing.M) {
@@ -30,25 +30,13 @@ const patient = 20 * time.Second
 
 // check fails the test when goroutines, descriptors or mappings are left at its end.
 func check(t testing.TB) {
-	goroutines, files, pages := runtime.NumGoroutine(), descriptors(t), mappings(t)
+	goroutines, files, pages := runtime.NumGoroutine(), testkit.Descriptors(t), testkit.Mappings(t, "llm_datadist")
 	t.Cleanup(func() {
 		require.Eventually(t, func() bool {
 			// Eventually runs this on a goroutine of its own.
-			return runtime.NumGoroutine() <= goroutines+1 && descriptors(t) <= files && mappings(t) <= pages
+			return runtime.NumGoroutine() <= goroutines+1 && testkit.Descriptors(t) <= files && testkit.Mappings(t, "llm_datadist") <= pages
 		}, patient, time.Millisecond, "before: %d goroutines, %d descriptors, %d mappings", goroutines, files, pages)
 	})
-}
-
-func descriptors(t testing.TB) int {
-	names, err := os.ReadDir("/proc/self/fd")
-	require.NoError(t, err)
-	return len(names)
-}
-
-func mappings(t testing.TB) int {
-	maps, err := os.ReadFile("/proc/self/maps")
-	require.NoError(t, err)
-	return strings.Count(string(maps), "llm_datadist")
 }
 
 var us = [16]byte{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}

@@ -23,12 +23,8 @@ const (
 // openShare makes what the engine gives to peers on its host, unless it is told not to use shm. Where the machine has no means for that
 // the engine does without, which is said in the log; where shm is required that is an error.
 func (e *Engine) openShare(incarnation link.Incarnation) error {
-	if e.parts.Sessions != nil {
-		return nil
-	}
-	switch e.options.Transport {
-	case "", "auto", nameSHM: // "": nobody has said anything
-	default:
+	required := e.options.required()
+	if e.parts.Sessions != nil || required != "" && required != nameSHM {
 		return nil
 	}
 	share, err := shm.NewShare(incarnation, e.table.SharedPools(), e.options.CopyThreads)
@@ -37,7 +33,7 @@ func (e *Engine) openShare(incarnation link.Incarnation) error {
 		e.table.Announce(share.Publisher())
 		return nil
 	}
-	if e.options.Transport == nameSHM {
+	if required == nameSHM {
 		return status.Newf(status.Failed, status.StageCheck, "open.Transport is shm, which this machine does not have: %w", err)
 	}
 	if e.parts.Event != nil {

@@ -79,13 +79,9 @@ func newIncarnation() (drawn link.Incarnation) {
 }
 
 func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
-	required := e.options.Transport
-	if required == "auto" {
-		required = ""
-	}
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
-		Required: required, DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
+		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
 		Gift: e.gift, Attach: e.attach, Event: e.parts.Event,
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"runtime"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -23,6 +22,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/tcp"
@@ -88,28 +88,16 @@ func TestMain(m *testing.M) {
 // check fails the test when goroutines, descriptors or mappings are left at its end.
 func check(t *testing.T) {
 	t.Helper()
-	goroutines, files, pools := runtime.NumGoroutine(), descriptors(t), poolMappings(t)
+	goroutines, files, pools := runtime.NumGoroutine(), testkit.Descriptors(t), testkit.Mappings(t, "llm_datadist pool")
 	t.Cleanup(func() {
 		if t.Failed() {
 			return // it has stopped half-way: what is left says nothing
 		}
 		require.Eventually(t, func() bool {
 			// Eventually runs this on a goroutine of its own.
-			return runtime.NumGoroutine() <= goroutines+1 && descriptors(t) <= files && poolMappings(t) <= pools
+			return runtime.NumGoroutine() <= goroutines+1 && testkit.Descriptors(t) <= files && testkit.Mappings(t, "llm_datadist pool") <= pools
 		}, patient, time.Millisecond, "before: %d goroutines, %d descriptors, %d mappings of pools", goroutines, files, pools)
 	})
-}
-
-func descriptors(t *testing.T) int {
-	names, err := os.ReadDir("/proc/self/fd")
-	require.NoError(t, err)
-	return len(names)
-}
-
-func poolMappings(t *testing.T) int {
-	maps, err := os.ReadFile("/proc/self/maps")
-	require.NoError(t, err)
-	return strings.Count(string(maps), "llm_datadist pool")
 }
 
 // world is a network and the engines on it.

@@ -33,6 +33,14 @@ type Options struct {
 	Spin           time.Duration // open.SpinMicros: how long a waiting tcp call spins before it sleeps; 0: as the transport thinks best
 }
 
+// required is the one transport that may be used; "" for any.
+func (o *Options) required() string {
+	if o.Transport == "auto" {
+		return ""
+	}
+	return o.Transport
+}
+
 // The option keys of spec §10 that the engine reads.
 const (
 	keyCacheManager   = "llm.EnableCacheManager"

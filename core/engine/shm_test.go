@@ -12,6 +12,7 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
 // allBlocks are the numbers of all blocks.
@@ -188,7 +189,7 @@ func tinyPull(t testing.TB, p *pulling, model uint64) func() {
 }
 
 func TestTinyPullAllocatesNothing(t *testing.T) {
-	if raced {
+	if testkit.Raced {
 		t.Skip("counts allocations")
 	}
 	check(t)

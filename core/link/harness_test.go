@@ -21,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
@@ -43,18 +44,12 @@ func TestMain(m *testing.M) {
 // check fails the test when goroutines or descriptors are left at its end. It comes first in every test.
 func check(t *testing.T) {
 	t.Helper()
-	goroutines, files := runtime.NumGoroutine(), descriptors(t)
+	goroutines, files := runtime.NumGoroutine(), testkit.Descriptors(t)
 	t.Cleanup(func() {
 		require.Eventually(t, func() bool {
-			return runtime.NumGoroutine() <= goroutines+1 && descriptors(t) <= files // Eventually runs this on one of its own
+			return runtime.NumGoroutine() <= goroutines+1 && testkit.Descriptors(t) <= files // Eventually runs this on one of its own
 		}, patient, time.Millisecond, "goroutines or descriptors are left: %d goroutines before, %d descriptors before", goroutines, files)
 	})
-}
-
-func descriptors(t *testing.T) int {
-	names, err := os.ReadDir("/proc/self/fd")
-	require.NoError(t, err)
-	return len(names)
 }
 
 // testConn is a data connection that only the fake session knows how to use.

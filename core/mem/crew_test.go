@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
 // newCrew makes a crew that calls its helpers for every byte.
@@ -411,7 +413,7 @@ func TestCloseLeavesNoGoroutine(t *testing.T) {
 
 func TestCopiesAllocateNothing(t *testing.T) {
 	manyCores(t)
-	if raced {
+	if testkit.Raced {
 		t.Skip("the race detector makes sync.Pool forget")
 	}
 	const size = 1 << 20

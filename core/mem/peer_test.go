@@ -16,6 +16,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
 // partVariable tells a second process of a test, which is this program again, which part it plays.
@@ -142,34 +144,14 @@ func (p *peer) mapped(fd string, bytes uint64, seals int) *Mapping {
 // leaves checks that a test leaves no descriptor, mapping or goroutine of this package behind, and no vow. It comes first in a test.
 func leaves(t testing.TB) {
 	t.Helper()
-	files, tracked, maps := openFiles(t), listed(&descriptors), memfdMappings(t)
+	files, tracked, maps := testkit.Files(t), listed(&descriptors), testkit.Mappings(t, "/memfd:")
 	t.Cleanup(func() {
-		require.Equal(t, files, openFiles(t), "descriptors are left")
+		require.Equal(t, files, testkit.Files(t), "descriptors are left")
 		require.Equal(t, tracked, listed(&descriptors), "tracked descriptors are left")
-		require.Equal(t, maps, memfdMappings(t), "mappings are left")
+		require.Equal(t, maps, testkit.Mappings(t, "/memfd:"), "mappings are left")
 		require.Empty(t, walk(t), "vows are left")
 		requireNoKeeper(t)
 	})
-}
-
-func openFiles(t testing.TB) []string {
-	entries, err := os.ReadDir("/proc/self/fd")
-	require.NoError(t, err)
-	var out []string
-	for _, e := range entries {
-		to, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err != nil || strings.Contains(to, "eventpoll") || strings.Contains(to, "eventfd") {
-			continue // the directory itself; Go's own poller
-		}
-		out = append(out, to)
-	}
-	return out
-}
-
-func memfdMappings(t testing.TB) int {
-	maps, err := os.ReadFile(mapsPath)
-	require.NoError(t, err)
-	return strings.Count(string(maps), "/memfd:")
 }
 
 func stacks() string {

@@ -19,6 +19,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
@@ -576,7 +577,7 @@ func TestDirectEndsWhileItAdvances(t *testing.T) {
 }
 
 func TestDirectAllocatesNothingForAKnownKey(t *testing.T) {
-	if raced {
+	if testkit.Raced {
 		t.Skip("counts allocations")
 	}
 	p := newPeer(shape)

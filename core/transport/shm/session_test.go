@@ -8,7 +8,6 @@ import (
 	"errors"
 	"os"
 	"reflect"
-	"strings"
 	"testing"
 	"time"
 
@@ -20,6 +19,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
@@ -27,25 +27,13 @@ import (
 func check(t *testing.T) {
 	t.Helper()
 	mem.Calibrate() // once in a process; it keeps nothing, but measures for a while
-	files, maps := descriptors(t), mappings(t)
+	files, maps := testkit.Descriptors(t), testkit.Mappings(t, "/memfd:")
 	t.Cleanup(func() {
 		if !t.Failed() {
-			require.Equal(t, files, descriptors(t), "descriptors")
-			require.Equal(t, maps, mappings(t), "mappings of memfds")
+			require.Equal(t, files, testkit.Descriptors(t), "descriptors")
+			require.Equal(t, maps, testkit.Mappings(t, "/memfd:"), "mappings of memfds")
 		}
 	})
-}
-
-func descriptors(t *testing.T) int {
-	names, err := os.ReadDir("/proc/self/fd")
-	require.NoError(t, err)
-	return len(names)
-}
-
-func mappings(t *testing.T) int {
-	maps, err := os.ReadFile("/proc/self/maps")
-	require.NoError(t, err)
-	return strings.Count(string(maps), "/memfd:")
 }
 
 // control is a session over data connections, made up: it resolves what it was told, and counts what it is asked to stream.

@@ -23,6 +23,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
 )
@@ -77,13 +78,13 @@ func check(t testing.TB) {
 	made.mu.Lock()
 	made.buffers = nil
 	made.mu.Unlock()
-	before := descriptors(t)
+	before := testkit.Files(t) // but for pollers: those of ours are looked at in TestPollerLivesAsLongAsConnections
 	t.Cleanup(func() {
 		defer freeKept()
 		require.EventuallyWithT(t, func(c *assert.CollectT) {
 			require.Empty(c, goroutines(), "goroutines are left")
 		}, settleTime, time.Millisecond)
-		require.Equal(t, before, descriptors(t), "descriptors are left")
+		require.Equal(t, before, testkit.Files(t), "descriptors are left")
 		made.mu.Lock()
 		defer made.mu.Unlock()
 		left := 0
@@ -94,20 +95,6 @@ func check(t testing.TB) {
 		}
 		require.Zero(t, left, "buffers that were never freed, of %d", len(made.buffers))
 	})
-}
-
-func descriptors(t testing.TB) []string {
-	entries, err := os.ReadDir("/proc/self/fd")
-	require.NoError(t, err)
-	var out []string
-	for _, e := range entries {
-		to, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if err != nil || strings.Contains(to, "eventpoll") || strings.Contains(to, "eventfd") {
-			continue // the directory itself; Go's own poller. Those of ours are looked at in TestPollerLivesAsLongAsConnections
-		}
-		out = append(out, to)
-	}
-	return out
 }
 
 // goroutines returns the stacks of those that run code of this package outside its tests.

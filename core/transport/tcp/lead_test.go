@@ -17,6 +17,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
 )
@@ -91,7 +92,7 @@ func TestSmallPullCostsFiveSystemCallsThatMoveBytes(t *testing.T) {
 }
 
 func TestPullAllocatesNextToNothing(t *testing.T) {
-	if raced {
+	if testkit.Raced {
 		t.Skip("the race detector makes pools forget")
 	}
 	check(t)
