@@ -58,6 +58,51 @@ type workspace struct {
 // spaces recycles workspaces over all lanes of the process.
 var spaces = sync.Pool{New: func() any { return &workspace{spans: make([]mem.Span, 0, mem.MaxSpans)} }}
 
+// active is what a side of a lane, sending or receiving, needs only while it is active.
+type active struct {
+	space   *workspace
+	scratch *mem.Buffer
+}
+
+// spans returns room for the spans of one system call.
+func (a *active) spans() []mem.Span {
+	if a.space == nil {
+		a.space = spaces.Get().(*workspace)
+	}
+	return a.space.spans[:0]
+}
+
+// waste appends scratch memory for bytes that nobody wants, or that can't come from where they should, as far as one system call takes
+// it and a span for what follows, and returns how many bytes that is.
+func (a *active) waste(spans []mem.Span, bytes uint64) ([]mem.Span, uint64, error) {
+	if a.scratch == nil {
+		b, err := newBuffer(scratchBytes)
+		if err != nil {
+			return spans, 0, err
+		}
+		a.scratch = b
+	}
+	var covered uint64
+	for covered < bytes && len(spans) < mem.MaxSpans-1 {
+		run := min(scratchBytes, bytes-covered)
+		spans = append(spans, mem.Span{Addr: a.scratch.Addr(), Bytes: run})
+		covered += run
+	}
+	return spans, covered, nil
+}
+
+// rest gives everything back.
+func (a *active) rest() {
+	if a.space != nil {
+		spaces.Put(a.space)
+		a.space = nil
+	}
+	if a.scratch != nil {
+		_ = a.scratch.Free() // see Session.Close
+		a.scratch = nil
+	}
+}
+
 func newLane(s *Session, index int, conn transport.Conn, seat seat) (*lane, error) {
 	fixed, err := newBuffer(fixedBytes)
 	if err != nil {
@@ -77,7 +122,7 @@ func (l *lane) release() {
 	}
 	l.queue, l.released = nil, true
 	l.queueMu.Unlock()
-	l.dropSpace()
+	l.rx.active.rest()
 	l.rx.drop()
 	_ = l.fixed.Free()
 	_ = l.conn.Close() // the stream has been shut down: nothing is lost with an error here

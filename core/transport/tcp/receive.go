@@ -36,8 +36,7 @@ type receiving struct {
 	filled     int         // of body
 	led        bool        // the last frame was for a pull whose caller may receive itself
 
-	space   *workspace
-	scratch *mem.Buffer
+	active
 	request transport.Request
 }
 
@@ -203,40 +202,10 @@ func (l *lane) watch(on bool) {
 	}
 }
 
-func (l *lane) takeSpace() []mem.Span {
-	if l.rx.space == nil {
-		l.rx.space = spaces.Get().(*workspace)
-	}
-	return l.rx.space.spans[:0]
-}
-
-func (l *lane) dropSpace() {
-	if l.rx.space != nil {
-		spaces.Put(l.rx.space)
-		l.rx.space = nil
-	}
-	if l.rx.scratch != nil {
-		_ = l.rx.scratch.Free() // see Session.Close
-		l.rx.scratch = nil
-	}
-}
-
 // rest is for the end of a turn.
 func (l *lane) rest() {
 	l.batch(1) // whoever waits next, parked or not, hears of each byte
-	l.dropSpace()
-}
-
-// scratch returns memory for bytes that nobody wants.
-func (l *lane) scratch() (mem.Span, error) {
-	if l.rx.scratch == nil {
-		b, err := newBuffer(scratchBytes)
-		if err != nil {
-			return mem.Span{}, err
-		}
-		l.rx.scratch = b
-	}
-	return mem.Span{Addr: l.rx.scratch.Addr(), Bytes: scratchBytes}, nil
+	l.rx.active.rest()
 }
 
 // step makes one system call and takes in what it brought. An operation is entered for the length of this one call only, so that
@@ -319,7 +288,7 @@ func notWritable() *status.Error {
 // header where payload may follow that (see ahead).
 func (l *lane) wanted() ([]mem.Span, *pull, error) {
 	rx := &l.rx
-	spans := l.takeSpace()
+	spans := rx.spans()
 	if rx.from > 0 { // what is left is a part of a frame without payload: some bytes
 		b := l.fixed.Bytes()[rxAt:]
 		copy(b, b[rx.from:rx.have])
@@ -353,14 +322,9 @@ func (l *lane) wantedData(spans []mem.Span) ([]mem.Span, *pull, error) {
 	if op != nil {
 		spans, covered = op.stream.spans(spans, mem.MaxSpans-1, rx.h.a+uint64(rx.h.length)-rx.left, rx.left)
 	} else {
-		waste, err := l.scratch()
-		if err != nil {
+		var err error
+		if spans, covered, err = rx.waste(spans, rx.left); err != nil {
 			return nil, nil, err
-		}
-		for covered < rx.left && len(spans) < mem.MaxSpans-1 {
-			waste.Bytes = min(scratchBytes, rx.left-covered)
-			spans = append(spans, waste)
-			covered += waste.Bytes
 		}
 	}
 	if covered == rx.left {

@@ -31,8 +31,7 @@ type sending struct {
 	serve          *serve // its operation; nil: it is spoiled
 	offset, length uint64 // the chunk, in the operation's stream
 	entry          uint64 // bytes of the entry frame, 0 where it has gone before
-	space          *workspace
-	scratch        *mem.Buffer
+	active
 }
 
 // answers reports that such a frame is said because of a frame of the peer's.
@@ -261,10 +260,7 @@ func (tx *sending) acquire() transport.Source {
 // chunkSpans names the memory of what is left of the chunk's frame, as far as one system call takes it.
 func (l *lane) chunkSpans() ([]mem.Span, error) {
 	tx := &l.tx
-	if tx.space == nil {
-		tx.space = spaces.Get().(*workspace)
-	}
-	spans := tx.space.spans[:0]
+	spans := tx.spans()
 	at := tx.sent
 	if at < tx.entry {
 		spans = append(spans, l.span(txEntryAt+int(at), int(tx.entry-at)))
@@ -303,24 +299,6 @@ func (tx *sending) verdict() uint64 {
 	return 0
 }
 
-// waste appends scratch memory for bytes that can't come from the owner's cache any more.
-func (tx *sending) waste(spans []mem.Span, bytes uint64) ([]mem.Span, uint64, error) {
-	if tx.scratch == nil {
-		b, err := newBuffer(scratchBytes)
-		if err != nil {
-			return spans, 0, err
-		}
-		tx.scratch = b
-	}
-	var covered uint64
-	for covered < bytes && len(spans) < mem.MaxSpans-1 {
-		run := min(scratchBytes, bytes-covered)
-		spans = append(spans, mem.Span{Addr: tx.scratch.Addr(), Bytes: run})
-		covered += run
-	}
-	return spans, covered, nil
-}
-
 func (l *lane) give(spans []mem.Span, block bool) (int, error) {
 	if block {
 		return l.conn.Send(spans)
@@ -334,17 +312,5 @@ func (tx *sending) drop() {
 		v := tx.serve
 		tx.serve = nil
 		v.session.chunkDone(v)
-	}
-}
-
-// rest gives back what only an active sender needs.
-func (tx *sending) rest() {
-	if tx.space != nil {
-		spaces.Put(tx.space)
-		tx.space = nil
-	}
-	if tx.scratch != nil {
-		_ = tx.scratch.Free() // see Session.Close
-		tx.scratch = nil
 	}
 }
