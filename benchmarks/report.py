@@ -171,13 +171,13 @@ def _compared(results: Results) -> list[libraries.Comparison]:
 
 
 def _libraries(compared: list[libraries.Comparison]) -> Table:
-    workloads = sorted({one.workload for one in compared})
-    units = {one.workload: one.unit for one in compared}
-    cells = {(one.library, one.workload): one for one in compared}
+    workloads = sorted({row.workload for row in compared})
+    units = {row.workload: row.unit for row in compared}
+    cells = {(row.library, row.workload): row for row in compared}
     rows = []
-    for name in dict.fromkeys(one.library for one in compared):
+    for name in dict.fromkeys(row.library for row in compared):
         found = [cells.get((name, workload)) for workload in workloads]
-        rows.append([name, *(_verdict(one) if one else "-" for one in found)])
+        rows.append([name, *(_verdict(row) if row else "-" for row in found)])
     note = (
         f"Their figures are scaled to this machine ({libraries.SOURCE}, times what the same reference does now over what it did "
         "then); in brackets where this library is, and by how much. W3 of shm is the engine's call in Go where that was "
@@ -186,10 +186,10 @@ def _libraries(compared: list[libraries.Comparison]) -> Table:
     return Table("Other libraries", ["", *(f"{workload} {units[workload]}" for workload in workloads)], rows, note)
 
 
-def _verdict(one: libraries.Comparison) -> str:
-    theirs = micros(one.scaled) if one.unit == "us" else f"{one.scaled:.2f}"
-    factor = one.scaled / one.ours if one.unit == "us" else one.ours / one.scaled
-    return f"{theirs} (ahead {factor:.1f} x)" if one.ahead else f"{theirs} (BEHIND {1 / factor:.1f} x)"
+def _verdict(row: libraries.Comparison) -> str:
+    theirs = micros(row.scaled) if row.unit == "us" else f"{row.scaled:.2f}"
+    factor = row.scaled / row.ours if row.unit == "us" else row.ours / row.scaled
+    return f"{theirs} (ahead {factor:.1f} x)" if row.ahead else f"{theirs} (BEHIND {1 / factor:.1f} x)"
 
 
 def _grown(title: str, key: str, by: str, grown: list[Results], what: str) -> Table:

@@ -4,63 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from llm_datadist.cli.workloads import Shape, Workload
 
 Words = npt.NDArray[np.uint64]
 
 _WORD = 8
 _PART = 1 << 20  # words that are made at a time: what does not fit a cache takes several times as long
 _TENSOR_STEP, _WORD_STEP, _OFFSET = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x1234567
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A cache: tensors of blocks x block_bytes. One block is the whole tensor of a contiguous cache."""
-
-    tensors: int
-    block_bytes: int
-    blocks: int
-
-    @property
-    def is_row(self) -> bool:
-        return self.blocks == 1
-
-    @property
-    def tensor_bytes(self) -> int:
-        return self.blocks * self.block_bytes
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A call that moves per_call random blocks of each of the first `tensors` tensors; timed calls come after warm-up ones."""
-
-    name: str
-    shape: Shape
-    per_call: int
-    warmup: int
-    calls: int
-    tensors: int = 0  # 0: all
-
-    @property
-    def moved_tensors(self) -> int:
-        return self.tensors or self.shape.tensors
-
-    @property
-    def segments(self) -> int:
-        return self.moved_tensors * self.per_call
-
-    @property
-    def call_bytes(self) -> int:
-        return self.segments * self.shape.block_bytes
-
-    @property
-    def is_small(self) -> bool:
-        """What counts is the time of a call, not its throughput."""
-        return self.call_bytes < 16 << 20
-
 
 WORKLOADS = {
     workload.name: workload

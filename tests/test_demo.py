@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_datadist.cli import demo, main
+from llm_datadist.cli import children, demo, main
 from llm_datadist.cli.pattern import REST, Expectation, Pattern
 
 SMALL = ["--tokens", "64", "--layers", "4"]
@@ -107,16 +107,16 @@ def is_running(pid: int) -> bool:
 
 
 def test_child_that_dies_is_reported_with_its_output() -> None:
-    child = demo.Child("decode", [sys.executable, "-c", "import sys; print('boom'); sys.exit(3)"])
-    with pytest.raises(demo.DemoError, match=r"the decode process died, exit status 3(?s:.*)\| boom"):
+    child = children.Child("decode", [sys.executable, "-c", "import sys; print('boom'); sys.exit(3)"])
+    with pytest.raises(children.ChildError, match=r"the decode process died, exit status 3(?s:.*)\| boom"):
         child.next(30)
     assert child.end() == 3
     child.kill()
 
 
 def test_child_that_says_nothing_is_reported_and_ended() -> None:
-    child = demo.Child("prefill", [sys.executable, "-c", "import time; time.sleep(60)"])
-    with pytest.raises(demo.DemoError, match=r"reported nothing for 0\.2 s"):
+    child = children.Child("prefill", [sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(children.ChildError, match=r"reported nothing for 0\.2 s"):
         child.next(0.2)
     child.kill()
     assert child.end() == -signal.SIGKILL

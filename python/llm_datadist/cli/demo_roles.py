@@ -4,39 +4,34 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from llm_datadist import (
     BlocksCacheKey,
-    Cache,
     CacheDesc,
     CacheKey,
     DataType,
     LLMClusterInfo,
-    LLMConfig,
     LLMDataDist,
     LLMException,
     LLMRole,
     LLMStatusCode,
 )
 
-from .demo import DTYPES, Reporter
+from . import roles
+from .children import Reporter
+from .demo import DTYPES
 from .pattern import Bytes, Expectation, Pattern
 
 PROMPT, DECODER = 1, 2  # cluster ids
 REQUEST, NO_REQUEST = 1, 404  # ids of a request that the prompt has, and of one that it has not
 
 _PER_LAYER = 2  # tensors: keys and values
-_POOL_PAGE = 64 << 10  # of a memory pool, as LLMConfig.mem_pool_cfg has it where it says nothing
 _SPARE_BLOCKS = 8  # one in so many blocks more at the decoder, which no pull may touch
 _SEED = 20240  # the scattered block lists are the same in every run
 
@@ -89,7 +84,7 @@ class Model:
 
     def pool(self) -> int:
         """Bytes of a memory pool that holds the contiguous cache."""
-        return self.tensors * -(-self.row_bytes // _POOL_PAGE) * _POOL_PAGE
+        return roles.whole_pages(self.tensors, self.row_bytes)
 
     def some_layers(self) -> tuple[range, range]:
         """A quarter of the layers at the source, and where they go: other layers of the destination."""
@@ -99,98 +94,48 @@ class Model:
 
 def run(arguments: argparse.Namespace, reporter: Reporter) -> int:
     """Play the role that the arguments name."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    play = _prompt if arguments.role == "prompt" else _decoder
-    try:
-        play(arguments, Model.of(arguments), reporter)
-    except LLMException as exc:
-        reporter.send("failed", text=f"{exc.status_code}: {exc}")
-        return 1
-    except MemoryError as exc:
-        reporter.send("failed", text=f"out of memory: {exc}")
-        return 1
-    return 0
+    return roles.play({"prompt": _prompt, "decoder": _decoder}, arguments, reporter)
 
 
-_told_to_end = threading.Event()
-_UNHEARD_SECONDS = 4
-
-
-def _end_with_parent() -> None:
-    """Wait for the end of standard input: the parent has what it wants, or is gone."""
-    while os.read(0, 1):  # not sys.stdin: its lock would be held at exit
-        pass
-    _told_to_end.set()
-    time.sleep(_UNHEARD_SECONDS)
-    os._exit(1)  # whoever is busy for so long does not end by itself
-
-
-def _engine(arguments: argparse.Namespace, role: LLMRole, cluster_id: int, model: Model, listen: str = "") -> LLMDataDist:
-    config = LLMConfig()
-    config.device_id = 0
-    config.enable_cache_manager = True
-    config.sync_kv_timeout = max(1, int(arguments.timeout * 1000))
-    if arguments.mode != "blocks":
-        config.mem_pool_cfg = f'{{"memory_size": {model.pool()}}}'
-    if listen:
-        config.listen_ip_info = listen
-    if arguments.transport:
-        config.transport = arguments.transport
-    engine = LLMDataDist(role, cluster_id)
-    engine.init(config.generate_options())
-    return engine
-
-
-def _pool_memory(cache: Cache) -> list[Bytes]:
-    """Return the tensors of an allocated cache as arrays."""
-    size = cache.cache_desc.size
-    return [np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(addr)) for addr in cache.tensor_addrs]
-
-
-def _own_memory(desc: CacheDesc) -> list[Bytes]:
-    """Return arrays for a cache that is to be registered."""
-    return list(np.empty((desc.num_tensors, desc.size), dtype=np.uint8))
-
-
-def _addresses(tensors: list[Bytes]) -> list[int]:
-    return [tensor.ctypes.data for tensor in tensors]
+def _engine(
+    arguments: argparse.Namespace, role: LLMRole, cluster_id: int, model: Model, listens: bool = False
+) -> LLMDataDist:
+    pool = 0 if arguments.mode == "blocks" else model.pool()
+    return roles.start_engine(arguments, role, cluster_id, pool_bytes=pool, listens=listens)
 
 
 # The two caches of the prompt have different contents.
 _ROW_SEED, _PAGED_SEED = 1, 2
 
 
-def _prompt(arguments: argparse.Namespace, model: Model, reporter: Reporter) -> None:
-    engine = _engine(arguments, LLMRole.PROMPT, PROMPT, model, "127.0.0.1:0")
+def _prompt(arguments: argparse.Namespace, reporter: Reporter) -> None:
+    model = Model.of(arguments)
+    engine = _engine(arguments, LLMRole.PROMPT, PROMPT, model, listens=True)
     kept = []  # registered memory must stay as long as its cache
     if arguments.mode != "blocks":
         cache = engine.cache_manager.allocate_cache(model.row(), [CacheKey(PROMPT, req_id=REQUEST)])
-        _fill(_pool_memory(cache), Pattern(model.row_bytes, _ROW_SEED))
+        Pattern(model.row_bytes, _ROW_SEED).fill(roles.pool_memory(cache))
         reporter.send("say", text=f"allocated and filled {_size(model, model.row_bytes)} in rows of {model.tokens} tokens")
     if arguments.mode != "contiguous":
         desc = model.paged(model.blocks)
-        tensors = _own_memory(desc)
-        _fill(tensors, Pattern(desc.size, _PAGED_SEED))
-        engine.cache_manager.register_blocks_cache(desc, _addresses(tensors), BlocksCacheKey(PROMPT))
+        tensors = roles.own_memory(desc)
+        Pattern(desc.size, _PAGED_SEED).fill(tensors)
+        engine.cache_manager.register_blocks_cache(desc, roles.addresses(tensors), BlocksCacheKey(PROMPT))
         kept.append(tensors)
         text = f"registered and filled {_size(model, desc.size)} in {model.blocks} blocks of {model.block_tokens} tokens"
         reporter.send("say", text=text)
     address = engine.listen_address
     reporter.send("ready", address=address, text=f"process {os.getpid()} is cluster {PROMPT} and listens at {address}")
-    _told_to_end.wait()
+    roles.wait_for_end()
     engine.finalize()
-
-
-def _fill(tensors: list[Bytes], pattern: Pattern) -> None:
-    for index, tensor in enumerate(tensors):
-        tensor[:] = pattern.tensor(index)
 
 
 def _size(model: Model, tensor_bytes: int) -> str:
     return f"{model.tensors * tensor_bytes / (1 << 20):.4g} MiB ({model.layers} layers, K and V)"
 
 
-def _decoder(arguments: argparse.Namespace, model: Model, reporter: Reporter) -> None:
+def _decoder(arguments: argparse.Namespace, reporter: Reporter) -> None:
+    model = Model.of(arguments)
     engine = _engine(arguments, LLMRole.DECODER, DECODER, model)
     cluster = _link(engine, arguments, reporter)
     steps = _Steps(engine, model, reporter)
@@ -198,7 +143,7 @@ def _decoder(arguments: argparse.Namespace, model: Model, reporter: Reporter) ->
         steps.contiguous()
     if arguments.mode != "contiguous":
         steps.blocks()
-    code, _ = engine.unlink_clusters([cluster], timeout=int(arguments.timeout * 1000))
+    code, _ = engine.unlink_clusters([cluster], timeout=roles.timeout_millis(arguments))
     if code != LLMStatusCode.LLM_SUCCESS:
         raise LLMException("unlink_clusters failed", status_code=code)
     engine.finalize()
@@ -206,19 +151,11 @@ def _decoder(arguments: argparse.Namespace, model: Model, reporter: Reporter) ->
 
 
 def _link(engine: LLMDataDist, arguments: argparse.Namespace, reporter: Reporter) -> LLMClusterInfo:
-    host, port = arguments.address.rsplit(":", 1)
-    cluster = LLMClusterInfo()
-    cluster.remote_cluster_id = PROMPT
-    cluster.append_local_ip_info(host, 0)
-    cluster.append_remote_ip_info(host, int(port))
     started = time.perf_counter()
-    code, _ = engine.link_clusters([cluster], timeout=int(arguments.timeout * 1000))
+    cluster = roles.link(arguments, engine, PROMPT, arguments.address)
     seconds = time.perf_counter() - started
-    explained = engine.explain(PROMPT)
-    if code != LLMStatusCode.LLM_SUCCESS:
-        raise LLMException(f"link_clusters failed: {explained}", status_code=code)
     reporter.send("say", text=f"process {os.getpid()} is cluster {DECODER}, linked in {seconds * 1e3:.1f} ms")
-    for line in explained.splitlines()[1:]:
+    for line in engine.explain(PROMPT).splitlines()[1:]:
         reporter.send("say", text=f"  {line}")
     return cluster
 
@@ -235,7 +172,7 @@ class _Steps:
         """Pull layers of a row, then the whole row, which releases its key; then by keys that are not there."""
         model = self._model
         cache = self._manager.allocate_cache(model.row())
-        tensors = _pool_memory(cache)
+        tensors = roles.pool_memory(cache)
         pattern = Pattern(model.row_bytes, _ROW_SEED)
         key = CacheKey(PROMPT, req_id=REQUEST)
         src, dst = model.some_layers()
@@ -263,8 +200,8 @@ class _Steps:
         """Pull all blocks, scattered on both sides, then some layers of half of them; then by a key that is not there."""
         model = self._model
         desc = model.paged(model.blocks + -(-model.blocks // _SPARE_BLOCKS))
-        tensors = _own_memory(desc)
-        cache = self._manager.register_blocks_cache(desc, _addresses(tensors))
+        tensors = roles.own_memory(desc)
+        cache = self._manager.register_blocks_cache(desc, roles.addresses(tensors))
         pattern = Pattern(model.blocks * model.block_bytes, _PAGED_SEED)
         key = BlocksCacheKey(PROMPT)
         scatter = random.Random(_SEED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo's caches are filled with, and the check that it arrived, byte for byte.
+"""What the caches of demo and bench are filled with, and the check that it arrived, byte for byte.
 
 Every 8 bytes of a cache are a number that no other 8 bytes of it have: it depends on the tensor (so on layer, and key or
 value) and on the position in it. Bytes that arrive at a wrong place, in a wrong tensor or not at all therefore never look
@@ -37,6 +37,11 @@ class Pattern:
         mark = (self._seed + index + 1) * int(_ODD) % (1 << 64)
         content: Bytes = (self._base ^ np.uint64(mark)).view(np.uint8)[: self._bytes]
         return content
+
+    def fill(self, tensors: list[Bytes]) -> None:
+        """Make tensors those of the source."""
+        for index, tensor in enumerate(tensors):
+            tensor[:] = self.tensor(index)
 
 
 @dataclass
