@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from array import array
 from enum import IntEnum
 from unittest.mock import MagicMock
@@ -38,6 +39,12 @@ def test_numpy_ids_arrive_as_they_were_given(ids, dtype):
 @given(st.lists(st.integers(0, 2**31 - 1)))
 def test_int32_ids_are_widened(ids):
     assert read_back(pack_blocks("blocks", np.array(ids, np.int32))) == ids
+
+
+def test_int32_ids_are_widened_without_numpy(monkeypatch):
+    ids = array("i", [0, 7, 2**31 - 1])
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert read_back(pack_blocks("blocks", ids)) == list(ids)
 
 
 @given(st.lists(st.integers(-(2**65), 2**65), min_size=1))

@@ -29,6 +29,9 @@ const (
 	leastClaim = 64 << 10
 	// mostClaim is the most, so that an ended context is seen and garbage collection goes on soon.
 	mostClaim = copyChunk
+	// mostCallClaim is the same for copies by system calls, for which garbage collection does not wait. Two threads at the two ends of a
+	// huge page contend for its reference count, so that small claims cost a tenth.
+	mostCallClaim = 8 << 20
 	// keptInvites is how many invites may wait for helpers that are busy. An invite whose job has ended costs a helper next to nothing;
 	// one that finds no room is not sent, and its job does with fewer threads.
 	keptInvites = 64
@@ -79,9 +82,7 @@ func (c *Crew) worth(total uint64, method Method) int {
 	if c.threads == 1 {
 		return 0
 	}
-	switch method.(type) {
-	case plainStores, streamingStores:
-	default:
+	if !byStores(method) {
 		total *= systemCallCost
 	}
 	pays := c.pays
@@ -98,17 +99,37 @@ func (c *Crew) worth(total uint64, method Method) int {
 	return int(min(uint64(most), total/pays))
 }
 
+// byStores tells the methods that copy by instructions of ours from those that make system calls.
+func byStores(method Method) bool {
+	switch method.(type) {
+	case plainStores, streamingStores:
+		return true
+	}
+	return false
+}
+
+// mostAtOnce is the most that a thread takes at a time.
+func mostAtOnce(method Method) uint64 {
+	if byStores(method) {
+		return mostClaim
+	}
+	return mostCallClaim
+}
+
 // copyAlone is Copy without helpers.
 func copyAlone(ctx context.Context, moves []Move, total uint64, method Method) error {
-	at := place{moves: moves}
-	for from := uint64(0); from < total; from += mostClaim {
+	at, most := place{moves: moves}, mostAtOnce(method)
+	var stint Stint
+	stint.Begin()
+	for from := uint64(0); from < total; from += most {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		at.seek(from)
-		if err := method.Copy(at.moves, from-at.before, min(mostClaim, total-from)); err != nil {
+		if err := method.Copy(at.moves, from-at.before, min(most, total-from)); err != nil {
 			return err
 		}
+		stint.GiveWay()
 	}
 	return nil
 }
@@ -144,6 +165,7 @@ type job struct {
 	total  uint64
 	method Method
 	shares uint64 // twice the number of threads: what is left is claimed in that many parts
+	most   uint64 // bytes of one claim
 
 	claimed atomic.Uint64 // bytes of the list that some thread has taken, or total after a failure
 
@@ -177,7 +199,7 @@ func (c *Crew) open(ctx context.Context, moves []Move, total uint64, method Meth
 		j.alarm.Stop()
 	}
 	j.ctx, j.moves, j.total, j.method, j.err = ctx, moves, total, method, nil
-	j.shares = 2 * uint64(helpers+1)
+	j.shares, j.most = 2*uint64(helpers+1), mostAtOnce(method)
 	j.claimed.Store(0)
 	j.helpers.Store(int32(helpers))
 	j.state.Store((j.state.Load()>>jobEpochShift+1)<<jobEpochShift | jobOpen)
@@ -285,6 +307,8 @@ func (j *job) await() {
 // work copies what nobody has taken, until nothing is left or something fails.
 func (j *job) work() {
 	at := place{moves: j.moves}
+	var stint Stint
+	stint.Begin()
 	for {
 		if j.claimed.Load() == j.total {
 			return
@@ -302,6 +326,7 @@ func (j *job) work() {
 			j.fail(err)
 			return
 		}
+		stint.GiveWay()
 	}
 }
 
@@ -311,7 +336,7 @@ func (j *job) claim() (from, bytes uint64) {
 	for {
 		from = j.claimed.Load()
 		left := j.total - from
-		bytes = min(max(left/j.shares&^(leastClaim-1), leastClaim), mostClaim, left)
+		bytes = min(max(left/j.shares&^(leastClaim-1), leastClaim), j.most, left)
 		if bytes == 0 || j.claimed.CompareAndSwap(from, from+bytes) {
 			return from, bytes
 		}

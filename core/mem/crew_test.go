@@ -84,8 +84,8 @@ func (l *ledger) method(list []Move) Method {
 func TestClaimsCoverTheListOnceAndShrink(t *testing.T) {
 	for _, shares := range []uint64{2, 4, 16} {
 		for _, total := range []uint64{1, leastClaim - 1, leastClaim, leastClaim + 1, 5<<20 + 3, 100 << 20} {
-			j := job{total: total, shares: shares}
-			next, previous := uint64(0), uint64(mostClaim)
+			j := job{total: total, shares: shares, most: mostCallClaim}
+			next, previous := uint64(0), uint64(mostCallClaim)
 			for {
 				from, bytes := j.claim()
 				if bytes == 0 {
@@ -116,7 +116,7 @@ func TestEachByteIsCopiedByOneThread(t *testing.T) {
 			require.NoError(t, c.Copy(t.Context(), list, total, l.method(list)))
 			done := map[uint64]uint64{}
 			for _, claim := range l.claims {
-				require.LessOrEqual(t, claim.bytes, uint64(mostClaim))
+				require.LessOrEqual(t, claim.bytes, uint64(mostCallClaim))
 				done[claim.from] = claim.bytes
 			}
 			require.Len(t, done, len(l.claims))
@@ -351,7 +351,7 @@ func TestAnEndedContextEndsACopy(t *testing.T) {
 			ctx.left.Store(looks)
 			var calls atomic.Int32
 			err := c.Copy(ctx, theMoves(1<<40), 1<<40, methodFunc(func(_ []Move, _, bytes uint64) error {
-				if bytes > mostClaim {
+				if bytes > mostCallClaim {
 					return errors.New("a large chunk")
 				}
 				calls.Add(1)

@@ -53,7 +53,7 @@ type Access struct {
 // Reader reaches the peer's memory without the peer taking part.
 type Reader interface {
 	// Read copies moves, total bytes together, from the peer's memory (Src) into ours, and has let go of both when it returns. It looks
-	// at ctx at least once a MiB. An address of the peer's that can't be read is an error that is unix.EFAULT; memory that can't be
+	// at ctx at least once in 8 MiB. An address of the peer's that can't be read is an error that is unix.EFAULT; memory that can't be
 	// reached in this way, or not any more, is one that is ErrNoAccess; where it is the first answer, nothing was copied.
 	Read(ctx context.Context, access Access, moves []mem.Move, total uint64) error
 }

@@ -86,6 +86,10 @@ def _as_integers(content: bytes, itemsize: int, signed: bool) -> memoryview:
 
 def _widen(content: bytes) -> bytes:
     """Make int64 of int32 that are not negative: the upper halves are zero."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:  # as with most callers who have int32; three times as fast
+        wide: bytes = numpy.frombuffer(content, numpy.int32).astype(numpy.int64).tobytes()
+        return wide
     halves = array("i", [0]) * (len(content) // 2)
     halves[_LOW_HALF::2] = array("i", content)
     return halves.tobytes()

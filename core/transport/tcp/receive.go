@@ -37,6 +37,7 @@ type receiving struct {
 	led        bool        // the last frame was for a pull whose caller may receive itself
 
 	active
+	stint   mem.Stint
 	request transport.Request
 }
 
@@ -77,6 +78,7 @@ func (l *lane) attend() error {
 	}()
 	l.seat.take()
 	defer l.seat.leave() // a parked connection has no thread
+	l.rx.stint.Begin()
 	for rounds, since := 0, time.Now(); rounds < idleRounds; {
 		if l.callers.Load() > 0 {
 			return nil
@@ -154,6 +156,7 @@ const leastLead = transport.MaxWaitMillis * time.Millisecond / 2
 // An error is the connection's.
 func (l *lane) lead(ctx context.Context, p *pull, until time.Time) error {
 	l.watch(false)
+	l.rx.stint.Begin()
 	err := l.leadOn(ctx, p, until)
 	l.rest()
 	l.watch(true)
@@ -229,6 +232,9 @@ func (l *lane) step(block bool) (int, error) {
 			op.endAs(rx.h.operation, notWritable())
 			err = nil
 		}
+	}
+	if block {
+		rx.stint.GiveWay() // after what others may wait for
 	}
 	if err != nil || n == 0 {
 		return 0, err

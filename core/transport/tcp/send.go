@@ -32,6 +32,7 @@ type sending struct {
 	offset, length uint64 // the chunk, in the operation's stream
 	entry          uint64 // bytes of the entry frame, 0 where it has gone before
 	active
+	stint mem.Stint
 }
 
 // answers reports that such a frame is said because of a frame of the peer's.
@@ -119,6 +120,7 @@ func (l *lane) sendLoop() {
 		}
 		l.seat.take()
 		l.sendMu.Lock()
+		l.tx.stint.Begin()
 		err := l.pump(true)
 		l.sendMu.Unlock()
 		l.seat.leave()
@@ -160,7 +162,9 @@ func (l *lane) pump(block bool) error {
 				Hinting("keep registered memory mapped until unregister_cache has returned"))
 		case err != nil:
 			return err
-		case !block:
+		case block:
+			l.tx.stint.GiveWay()
+		default:
 			if pushed += n; n == 0 || pushed >= pushBytes {
 				return errWouldBlock
 			}
