@@ -83,9 +83,9 @@ gotest: | system ## Go tests with the race detector
 gotest-pure: | system ## Go tests without cgo, the short ones
 	CGO_ENABLED=0 go test -short -timeout $(GO_TEST_TIMEOUT) ./core/...
 
-# From inside tests/, so that nothing is imported from the source tree.
+# From inside tests/, so that nothing is imported from the source tree. A run of all of them proves each row of docs/parity.md.
 pytest: $(INSTALLED) ## Python tests against the installed wheel (PYTEST_ARGS)
-	cd tests && ../$(BIN)/pytest -c ../pyproject.toml --rootdir .. $(or $(PYTEST_ARGS),.)
+	cd tests && ../$(BIN)/pytest -c ../pyproject.toml --rootdir .. $(or $(PYTEST_ARGS),--parity .)
 
 surface: $(INSTALLED) ## the rows of the documented surface that do not hold, in the form of tests/surface_pending.txt
 	@cd tests && ../$(BIN)/python test_surface.py

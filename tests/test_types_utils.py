@@ -40,6 +40,7 @@ LISTS = {
 }
 
 
+@pytest.mark.parity("module.checks")
 @PACKAGES
 @pytest.mark.parametrize("name", RANGES)
 def test_integer_checks(checks, name):
@@ -54,6 +55,7 @@ def test_integer_checks(checks, name):
             check("arg", value)
 
 
+@pytest.mark.parity("module.checks")
 @pytest.mark.parametrize("name", LISTS)
 def test_integer_list_checks(name):
     check, (low, high) = getattr(utils, name), LISTS[name]
@@ -84,6 +86,7 @@ def test_list_check_agrees_with_its_elements(values):
             utils.check_list_uint64("arg", values)
 
 
+@pytest.mark.parity("module.checks")
 @PACKAGES
 def test_check_isinstance(checks):
     check = checks.check_isinstance
@@ -109,6 +112,7 @@ def test_check_isinstance(checks):
         check("arg", None, int, allow_none=False)
 
 
+@pytest.mark.parity("module.checks")
 @PACKAGES
 def test_check_inner_and_dict(checks):
     checks.check_inner("arg", (1, 2), int)
@@ -123,6 +127,7 @@ def test_check_inner_and_dict(checks):
         checks.check_dict("arg", None, int, list)
 
 
+@pytest.mark.parity("module.checks")
 def test_positive_or_default():
     assert utils.check_positive_or_set_default("arg", None) == -1
     assert utils.check_positive_or_set_default("arg", None, 7) == 7
@@ -173,11 +178,13 @@ TYPES = {  # value, bytes, numpy
 }
 
 
+@pytest.mark.parity("enum.data_type")
 def test_data_types_stand_in_the_documented_order():
     assert list(DataType.__members__) == list(TYPES)
     assert not issubclass(DataType, enum.IntEnum)
 
 
+@pytest.mark.parity("enum.data_type", "module.dtype_from_wrapper", "module.calc_tensor_size")
 @pytest.mark.parametrize("name", TYPES)
 def test_data_type(name):
     np = pytest.importorskip("numpy")
@@ -197,6 +204,7 @@ def test_data_type(name):
         assert data_types.np_dtype_to_dtype[np.dtype(np_name)] is dtype
 
 
+@pytest.mark.parity("module.dtype_from_wrapper")
 def test_unknown_data_types():
     with pytest.raises(ValueError):
         data_types.get_python_dtype_from_wrapper_dtype(5)
@@ -205,6 +213,7 @@ def test_unknown_data_types():
             llm_utils.to_data_type(text)
 
 
+@pytest.mark.parity("module.numpy_tables")
 @pytest.mark.parametrize("module", ["llm_datadist.data_type", "llm_datadist_v1.data_type"])
 def test_numpy_tables(module):
     pytest.importorskip("numpy")
@@ -216,6 +225,7 @@ def test_numpy_tables(module):
         types.other  # noqa: B018
 
 
+@pytest.mark.parity("module.calc_tensor_size")
 @pytest.mark.parametrize(
     ("shape", "dtype", "size"),
     [

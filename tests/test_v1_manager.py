@@ -24,6 +24,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
+from llm_datadist.v2.cache_manager import CacheManager
 from peers import ADDRESS, Background, Peer, cluster, desc, memory_at, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
@@ -309,10 +310,18 @@ def test_pull_refuses_before_a_byte_moves(solo, arguments, kwargs, error, code):
     assert np.array_equal(content(cache), pattern(50, 0, 8))
 
 
-def test_check_cache_key():
-    KvCacheManager.check_cache_key(KEY)
+@pytest.mark.parametrize(
+    "manager",
+    [
+        pytest.param(CacheManager, marks=pytest.mark.parity("manager.check_cache_key")),
+        pytest.param(KvCacheManager, marks=pytest.mark.parity("kv_manager.check_cache_key")),
+    ],
+)
+def test_check_cache_key(manager):
+    for good in (KEY, CacheKey(1, U64MAX, prefix_id=1)):
+        manager.check_cache_key(good)
     for bad in (CacheKey(1, U64MAX), CacheKey(1, 1, prefix_id=1)):
-        refused(KvCacheManager.check_cache_key, bad)
+        refused(manager.check_cache_key, bad)
 
 
 # --- memory
@@ -349,6 +358,7 @@ def test_a_deallocated_cache_is_empty_and_unknown(solo):
     refused(manager.deallocate_cache, KvCache.create_cpu_cache(desc([1], placement=Placement.HOST), [1]))
 
 
+@pytest.mark.parity("type.kv_cache_del")
 def test_a_cache_that_goes_out_of_scope_is_freed_by_the_next_call(solo):
     manager = solo(LLMRole.PROMPT)
     whole = desc([1, 15 << 16])
@@ -381,6 +391,7 @@ def test_a_deallocated_cache_is_not_freed_again_when_it_goes_out_of_scope(solo):
     assert not manager._released
 
 
+@pytest.mark.parity("type.kv_cache_del")
 def test_a_cache_may_outlive_its_engine():
     engine = opened(LLMRole.PROMPT)
     manager = engine.kv_cache_manager
