@@ -42,8 +42,10 @@ type peer struct {
 	hidden     bool   // nothing is in the directory
 	access     transport.Access
 	streamed   int
-	stream     error // what a streamed pull says
-	refusal    error // what Resolve says
+	stream     error         // what a streamed pull says
+	refusal    error         // what Resolve says
+	unanswered chan struct{} // what Unconfirmed says
+	pushed     []*transport.Push
 }
 
 func newPeer(shape plan.Shape) *peer {
@@ -76,6 +78,17 @@ type lease struct{ *peer }
 
 func (l lease) Confirm(context.Context) error { l.confirmed++; return l.confirm }
 func (l lease) Abandon()                      { l.abandoned++ }
+
+func (p *peer) Push(_ context.Context, push *transport.Push) error {
+	p.pushed = append(p.pushed, push)
+	return nil
+}
+
+func (p *peer) Unconfirmed() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.unanswered
+}
 
 func (p *peer) Close(cause error)     { p.closed = append(p.closed, cause) }
 func (p *peer) Idle() <-chan struct{} { return p.idle }

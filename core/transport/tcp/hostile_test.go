@@ -216,10 +216,10 @@ func TestRefusalOfAStrangerIsReadWithCare(t *testing.T) {
 		cause string
 		hint  string
 	}{
-		{0, "", status.Failed, status.StageTransfer, "the owner has refused", ""},
+		{0, "", status.Failed, status.StageTransfer, "the peer has refused", ""},
 		{1 << 40, "check\x00x\x00y\x00z", status.Failed, status.StageCheck, "x", "y\x00z"},
 		{uint64(status.ParamInvalid), "nowhere\x00\xff\xfe", status.ParamInvalid, status.StageTransfer, "\uFFFD", ""},
-		{0x12345678, "lookup", status.Failed, status.StageLookup, "the owner has refused", ""},
+		{0x12345678, "lookup", status.Failed, status.StageLookup, "the peer has refused", ""},
 	} {
 		result := pulling(s, context.Background(), rows(1, dst), dst)
 		raw.expect(kindRequest, uint64(i+1))
