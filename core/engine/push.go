@@ -81,7 +81,7 @@ func (e *Engine) checkPush(call *PushCall, source *cache.Entry) error {
 }
 
 // Receive implements transport.Receiver: it pulls what the peer of this link pushes. The destination is held until nothing of the pull
-// is in flight.
+// is in flight, which unregistering it brings about.
 func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	select {
 	case <-o.attached:
@@ -111,6 +111,8 @@ func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	if err := plan.CheckLocal(&req.Plan, to.shape); err != nil {
 		return err
 	}
+	ctx, done := to.Within(ctx)
+	defer done()
 	return o.session.Pull(ctx, &req, transport.Local{Addrs: to.addrs, Backing: backing})
 }
 
