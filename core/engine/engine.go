@@ -58,6 +58,7 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
 		return nil, err
 	}
+	e.announceLoopback()
 	incarnation := newIncarnation()
 	if err := e.openShare(incarnation); err != nil {
 		return nil, errors.Join(err, e.table.Close())

@@ -183,14 +183,14 @@ type DialRequest struct {
 	NameOnly   bool // GivenID names the failure in the log and for Explain, and nothing is expected of the peer
 }
 
-// Link is one link. A link to oneself has neither session nor connections.
+// Link is one link. A link to oneself has no connections, and a session only where it goes by the name of another cluster.
 type Link struct {
 	manager *Manager
 	peer    Peer
 	number  uint64 // among the links of this pair of incarnations
 	serial  uint64 // among the links that this manager installed; 0 before
 
-	control   *conn
+	control   *conn // nil for a link to oneself
 	session   transport.Session
 	transport string   // what the session moves bytes by, for Explain
 	rejected  []string // transports, each with the reason, for Explain
@@ -211,7 +211,7 @@ func (l *Link) ClusterID() uint64 { return l.peer.ClusterID }
 // Peer describes the other end.
 func (l *Link) Peer() Peer { return l.peer }
 
-// Session moves bytes; nil for a link to oneself.
+// Session moves bytes; nil for a link to oneself under the own cluster id.
 func (l *Link) Session() transport.Session { return l.session }
 
 // Dead is closed when the link has died or was retired.
