@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import living_host
 from kinds import pull_each_kind
 from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, _native
 from peers import Background, End, Peer, desc, options, pattern, wait_until
@@ -251,6 +252,34 @@ def test_a_forked_child_has_none_of_them_and_the_parent_all():
         answer, code = host.run(FORK)
     assert answer == [["LLM_FAILED"] * 3, []]
     assert code == 0
+
+
+INTERRUPT = """
+import os, signal
+import living_host
+from kinds import pull_each_kind
+from peers import End
+other = End()
+given = other.open(3, multiple_engines=True)
+end.open(2, multiple_engines=True)
+for address, cluster_id in ((owner, living_host.PEER_ID), (given, 3)):
+    assert end.link(address, cluster_id).name == "LLM_SUCCESS"
+living_host.add_destinations(end)
+result = living_host.interrupted_pull(end, pid, False)["ending"]
+pull_each_kind(end, other, 3)
+pull_each_kind(other, end, 2)
+os.kill(pid, signal.SIGCONT)
+assert living_host.pull_all(end)
+other.close()
+"""
+
+
+def test_ctrl_c_in_a_call_of_one_hurts_no_other():
+    with Peer() as owner, Peer() as host:
+        address = owner.open(living_host.PEER_ID)
+        living_host.inside(owner, living_host.serve_big)
+        assert host.run(INTERRUPT, owner=address, pid=owner.process.pid) == "KeyboardInterrupt"
+        host.close()
 
 
 # --- the log

@@ -184,9 +184,6 @@ func (e *Engine) unlinkCluster(ctx context.Context, c Cluster, force bool) error
 	if len(c.Remote) != 1 {
 		return e.refused(c, status.Newf(status.ParamInvalid, status.StageCheck, "remote_ip_info_list has %d entries, not 1", len(c.Remote)))
 	}
-	if _, err := e.links.Link(id); err != nil && e.standsFor(id) {
-		return nil // the one who could be asked is this engine, and it has no such link
-	}
 	return c.named(e.links.Unlink(ctx, id, c.Remote[0], false))
 }
 

@@ -34,14 +34,16 @@ func (e *Engine) announceLoopback() {
 
 // linkBack makes a link to a cluster that the engine stands for. AlreadyLink where there is a live one.
 func (e *Engine) linkBack(id uint64) error {
-	session := transport.NewDirect(transport.DirectConfig{
-		Control: ownTable{owner{e}}, Directory: e.table.Directory(), Reader: ownMemory{},
+	o := &owner{Engine: e, attached: make(chan struct{})}
+	o.session = transport.NewDirect(transport.DirectConfig{
+		Control: ownTable{o}, Directory: e.table.Directory(), Reader: ownMemory{},
 	})
-	return e.links.LinkBack(id, link.Attached{Session: session, Transport: nameLoopback})
+	close(o.attached)
+	return e.links.LinkBack(id, link.Attached{Session: o.session, Transport: nameLoopback})
 }
 
-// ownTable is the owner of loopback links, and is asked without a connection.
-type ownTable struct{ owner }
+// ownTable is both ends of a loopback link, and is asked without a connection.
+type ownTable struct{ *owner }
 
 // Resolve implements transport.Control.
 func (t ownTable) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
@@ -60,6 +62,12 @@ func (t ownTable) Resolve(ctx context.Context, req *transport.Request) (transpor
 	}
 	return r, nil
 }
+
+// Push implements transport.Control: what is pushed is pulled at once, over the same link.
+func (t ownTable) Push(ctx context.Context, push *transport.Push) error { return t.Receive(ctx, push) }
+
+// Unconfirmed implements transport.Control: a push has ended when it returns.
+func (ownTable) Unconfirmed() <-chan struct{} { return nil }
 
 // Close implements transport.Control: all that is under way is the session's.
 func (ownTable) Close(error) {}

@@ -81,7 +81,7 @@ func TestLoopbackLeavesTheOtherChecksAsTheyAre(t *testing.T) {
 			require.Equal(w.t, r.stage, e.Stage)
 			require.Equal(w.t, peer.id, e.Peer)
 		}
-		require.NoError(w.t, n.Deallocate(bad, false))
+		require.NoError(w.t, n.Unregister(ctx, bad))
 		require.NoError(w.t, n.pull(peer, normal(7), dst, all()), "nothing of that has released the key")
 		dst.requireContent(src.content())
 	})
@@ -100,6 +100,29 @@ func TestOneSidedLoopbackLooksAtTheFlagOfBothEnds(t *testing.T) {
 			requireCode(w.t, status.ParamInvalid, err)
 		}
 	})
+}
+
+func TestLoopbackPushes(t *testing.T) {
+	for name, change := range map[string][]func(*Options){"two-sided": nil, "one-sided": {oneSided}} {
+		t.Run(name, func(t *testing.T) {
+			over(t, []way{overBack}, func(w *world) {
+				peer, n := w.pair(change...)
+				for i, c := range pushCases {
+					w.runPush(n, peer, c, uint64(i))
+				}
+				src := n.register(rows(2, 1, 100))
+				e := requireCode(w.t, status.CacheNotExist, n.push(peer, src, toKey(id(99, 0))))
+				require.Equal(w.t, peer.id, e.Peer)
+				requireCode(w.t, status.ParamInvalid, n.push(n, src, toKey(byID(src, 0))))
+				bad, err := n.Register(rows(2, 1, 100), []uintptr{1, 1}, nil, true)
+				require.NoError(w.t, err)
+				requireCode(w.t, status.ParamInvalid, n.push(peer, src, toKey(id(bad, 0))))
+				require.NoError(w.t, n.Unregister(w.t.Context(), bad))
+				require.NoError(w.t, n.unlink(peer, false))
+				requireCode(w.t, status.NotYetLink, n.push(peer, src, toKey(byID(src, 0))))
+			})
+		})
+	}
 }
 
 func TestARealPeerReplacesTheLoopbackLinkOfItsID(t *testing.T) {

@@ -139,6 +139,8 @@ type Config struct {
 	// link, and the call that dialed gets the reason: the acceptor attaches first and refuses where it can't; where the dialer can't,
 	// the acceptor's link dies.
 	Attach func(p Peer, conns []transport.Conn) (Attached, error)
+	// StandsFor says which clusters this engine itself stands for, see LinkBack: there is nobody else to ask to unlink. nil: none.
+	StandsFor func(id uint64) bool
 	// Event takes lines for the log. It must not block and must not call the Manager. nil: nobody listens.
 	Event func(Event)
 }

@@ -34,7 +34,7 @@ func (m *Manager) Unlink(ctx context.Context, id uint64, address string, force b
 	dead := l != nil && !l.lives()
 	m.mu.Unlock()
 	switch {
-	case force && l == nil:
+	case l == nil && (force || m.standsFor(id)):
 		return nil
 	case force || dead:
 		m.drop(id, l, farewellOurs)
@@ -47,6 +47,8 @@ func (m *Manager) Unlink(ctx context.Context, id uint64, address string, force b
 	}
 	return nil
 }
+
+func (m *Manager) standsFor(id uint64) bool { return m.cfg.StandsFor != nil && m.cfg.StandsFor(id) }
 
 // drop retires l, if it lives, and forgets it.
 func (m *Manager) drop(id uint64, l *Link, farewell string) {
