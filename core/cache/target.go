@@ -104,8 +104,8 @@ func (held Uses) Backing() (mem.Backing, error) {
 	return careful, nil
 }
 
-// Within returns a context that ends with ctx, and as soon as one of the caches is unregistered: what a peer writes is not waited for as
-// long as the peer may take. The caller calls what comes with it.
+// Within returns a context that ends with ctx, and as soon as one of the caches is unregistered, whose owner is not to wait for as long
+// as a peer may take. The caller calls what comes with it.
 func (held Uses) Within(ctx context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var watches []func() bool
@@ -120,7 +120,7 @@ func (held Uses) Within(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-var errWithdrawn = status.New(status.CacheNotExist, status.StageTransfer, "the destination was withdrawn during the transfer")
+var errWithdrawn = status.New(status.CacheNotExist, status.StageTransfer, "the cache was withdrawn during the transfer")
 
 // Release ends all holds. Releasing twice is fine.
 func (held Uses) Release() {
