@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pull of each kind between two ends, whatever joins them, with every byte of the destination compared."""
+"""One pull and one push of each kind between two ends, whatever joins them, with every byte of the destination compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
+from llm_datadist import (
+    BlocksCacheKey,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    LayerSynchronizer,
+    LLMException,
+    LLMStatusCode,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
+)
 from peers import End, desc, pattern
 
 SOURCE, TARGET = 1, 50  # numbers of patterns
@@ -94,6 +103,61 @@ def pull_row_into_blocks(local: Any, owner: Any, cluster_id: int, owned: bool) -
         moved[tensor] = {120: given[:40], 0: given[40:80], 40: given[80:]}
     check(local, moved)
     drop(local, owner)
+
+
+class Ready(LayerSynchronizer):
+    """Every layer is there."""
+
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return True
+
+
+def push_each_kind(pusher: End, receiver: Any, cluster_id: int, one_sided: bool = False) -> None:
+    """Push to receiver, as pull_each_kind pulls. The pusher is in this process."""
+    for owned in (False, True):
+        if one_sided:
+            push_rows(pusher, receiver, cluster_id, owned)
+            push_blocks(pusher, receiver, cluster_id, owned)
+        push_layers(pusher, receiver, cluster_id, owned, one_sided)
+
+
+def push_rows(pusher: End, receiver: Any, cluster_id: int, owned: bool) -> None:
+    pusher.add("source", desc([2, 60], TENSORS), SOURCE, owned=owned)
+    cache_id = receiver.add("target", desc([3, 100], TENSORS), TARGET, owned=owned)
+    pusher.manage("push_cache", CacheKeyByIdAndIndex(cluster_id, cache_id, 2), "source", 1)
+    check(receiver, {tensor: {200: source(tensor, 120)[60:]} for tensor in range(TENSORS)})
+    drop(receiver, pusher)
+
+
+def push_blocks(pusher: End, receiver: Any, cluster_id: int, owned: bool) -> None:
+    key = BlocksCacheKey(cluster_id, model_id=4)
+    pusher.add("source", desc([8, 32], TENSORS), SOURCE, blocks=True, owned=owned)
+    receiver.add("target", desc([5, 32], TENSORS), TARGET, key, blocks=True, owned=owned)
+    layers = {"src_layer_range": range(1, 2), "dst_layer_range": range(1)}
+    pusher.manage("push_blocks", key, "source", [5, 6, 1], [0, 1, 3], **layers)
+    moved = {}
+    for tensor in range(2):
+        given = source(2 + tensor, 256)
+        moved[tensor] = {0: given[160:224], 96: given[32:64]}
+    check(receiver, moved)
+    drop(receiver, pusher)
+
+
+def push_layers(pusher: End, receiver: Any, cluster_id: int, owned: bool, one_sided: bool) -> None:
+    """Transfer all layers in the background, to a cache of the receiver's or to its addresses."""
+    pusher.add("source", desc([1, 100], TENSORS), SOURCE, owned=owned)
+    cache_id = receiver.add("target", desc([1, 100], TENSORS), TARGET, owned=owned)
+    config: Any
+    if one_sided:
+        config = TransferWithCacheKeyConfig(CacheKeyByIdAndIndex(cluster_id, cache_id), range(2), range(2))
+    else:
+        addrs = receiver.run("result = list(end.caches['target'].tensor_addrs)")
+        config = TransferConfig(cluster_id, addrs, range(2))
+    task = pusher.manager.transfer_cache_async(pusher.caches["source"], Ready(), [config])
+    assert task.synchronize(10_000) is LLMStatusCode.LLM_SUCCESS
+    assert task.get_results() == [LLMStatusCode.LLM_SUCCESS]
+    check(receiver, {tensor: {0: source(tensor, 100)} for tensor in range(TENSORS)})
+    drop(receiver, pusher)
 
 
 def source(tensor: int, size: int) -> np.ndarray:

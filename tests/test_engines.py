@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import living_host
-from kinds import pull_each_kind
+from kinds import pull_each_kind, push_each_kind
 from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, _native
 from peers import Background, End, Peer, desc, options, pattern, wait_until
 
@@ -96,10 +96,11 @@ def test_the_documented_attribute_has_only_an_engine_that_is_alone():
 
 
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
-def test_every_kind_of_pull_between_each_two_of_three(transport, opened, one_sided):
+def test_every_kind_of_transfer_between_each_two_of_three(transport, opened, one_sided):
     ends = linked([opened(cluster_id, one_sided=one_sided) for cluster_id in (1, 2, 3)], transport)
     for local, owner in pairs(ends):
         pull_each_kind(local, owner, owner.id, one_sided)
+        push_each_kind(local, owner, owner.id, one_sided)
 
 
 def test_engines_of_one_process_and_a_peer_in_another(transport, opened):
@@ -110,6 +111,7 @@ def test_engines_of_one_process_and_a_peer_in_another(transport, opened):
             assert end.link(address, 9) is SUCCESS
         for end in local:
             pull_each_kind(end, peer, 9)
+            push_each_kind(end, peer, 9)
             assert peer.told(end.id)["transport"] == transport
         local[0].close()
         pull_each_kind(local[1], peer, 9)

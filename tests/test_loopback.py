@@ -11,8 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinds import pull_each_kind
-from llm_datadist import CacheKey, CacheKeyByIdAndIndex, LLMException, LLMRole, LLMStatusCode
+from kinds import Ready, pull_each_kind, push_each_kind
+from llm_datadist import (
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    TransferWithCacheKeyConfig,
+)
 from peers import End, Peer, cluster, desc, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
@@ -147,6 +154,33 @@ def test_tensors_per_layer_as_the_originals_tests_have_them(linked):
     assert np.array_equal(linked.content("take one")[0][:4], pattern(1, 0, 8)[:4])
     for tensor, got in enumerate(linked.content("take ten")):
         assert np.array_equal(got, pattern(2 if tensor < 2 else 4, tensor, 8))
+
+
+# --- pushes
+
+
+def test_every_kind_of_push_finds_this_processs_own_caches(linked):
+    for _ in range(2):
+        push_each_kind(linked, linked, OTHER, linked.one_sided)
+
+
+def test_a_push_to_the_id_0_goes_to_the_key_0(opened):
+    """As the original's tests have it, in one-sided mode."""
+    end = opened(one_sided=True)
+    assert end.link(NOWHERE, OTHER) is SUCCESS
+    end.add("take", desc([1, 64], 2), 1, [CacheKey(OTHER, req_id=0, model_id=0)], owned=True)
+    end.add("give", desc([1, 64], 2), 2, owned=True)
+    end.manage("push_cache", CacheKeyByIdAndIndex(OTHER, 0), "give")
+    for tensor, got in enumerate(end.content("take")):
+        assert np.array_equal(got, pattern(2, tensor, 64))
+
+
+def test_a_layerwise_transfer_to_a_cluster_without_a_link(opened):
+    end = opened(one_sided=True)
+    cache_id = end.add("give", desc([1, 64], 2), 1)
+    config = TransferWithCacheKeyConfig(CacheKeyByIdAndIndex(OTHER, cache_id), range(1), range(1))
+    task = end.manager.transfer_cache_async(end.caches["give"], Ready(), [config])
+    assert task.synchronize(10_000) is NOT_YET_LINK
 
 
 # --- how it is switched on
