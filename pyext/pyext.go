@@ -66,7 +66,7 @@ func EventsClose() int64 { backend.CloseEvents(); return 0 }
 // EventsWake makes the descriptor readable without a line, and returns 0.
 func EventsWake() int64 { backend.WakeEvents(); return 0 }
 
-// EventsTake returns the waiting lines as a JSON array of objects (level, text, cluster, cause); "" for none.
+// EventsTake returns the waiting lines as a JSON array of objects (level, text, engine, cluster, cause); "" for none.
 func EventsTake() string { return backend.TakeEvents() }
 
 // EngineOpen makes an engine from its cluster id, its options and its environment, both JSON objects of strings, under a handle that

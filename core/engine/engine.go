@@ -58,6 +58,7 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
 		return nil, err
 	}
+	e.announceLoopback()
 	incarnation := newIncarnation()
 	if err := e.openShare(incarnation); err != nil {
 		return nil, errors.Join(err, e.table.Close())
@@ -82,7 +83,7 @@ func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
 		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
-		Gift: e.gift, Attach: e.attach, Event: e.parts.Event,
+		Gift: e.gift, Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
 	}
 }
 

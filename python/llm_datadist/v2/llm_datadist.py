@@ -28,16 +28,20 @@ _LISTEN_INFO = "llm.listenIpInfo"
 _LISTEN_IP = "llm.ListenIp"
 _LISTEN_PORT = "llm.ListenPort"
 _ROLE = "llm.Role"
+_MULTIPLE_ENGINES = "open.MultipleEngines"
 _GRAPH_MEMORY = "ge.flowGraphMemMaxSize"
 
 _ROLE_NAMES = {LLMRole.PROMPT: "Prompt", LLMRole.DECODER: "Decoder", LLMRole.MIX: "Mix"}
 
 
 class LLMDataDist:
-    """One end of the transfer of KV cache. A process has at most one that is initialised.
+    """One end of the transfer of KV cache.
 
+    A process has at most one that is initialised, or any number of those with open.MultipleEngines=1.
     role says what the process is for (PROMPT computes, DECODER fetches); in cache-manager mode it does not limit what may
     be called. cluster_id is the id by which peers know this end.
+
+    llm_engine_instance is the one that is initialised; those with open.MultipleEngines are not in it.
     """
 
     llm_engine_instance: LLMDataDist | None = None
@@ -62,10 +66,12 @@ class LLMDataDist:
         _native.refuse_in_child()
         if self._is_initialized:
             return
-        other = LLMDataDist.llm_engine_instance
+        several = isinstance(options, dict) and options.get(_MULTIPLE_ENGINES) == "1"
+        _native.close_dropped()
         raise_if_false(
-            other is None or other is self,
-            "another LLMDataDist of this process is initialised, finalize it first",
+            LLMDataDist.llm_engine_instance in (None, self) and (several or not _native.several()),
+            "another LLMDataDist of this process is initialised: finalize it first, or give both {}=1",
+            _MULTIPLE_ENGINES,
             status_code=LLMStatusCode.LLM_FAILED,
         )
         check_isinstance("options", options, dict, allow_none=False)
@@ -80,7 +86,8 @@ class LLMDataDist:
         else:
             self._start_kv_cache_manager()
         self._is_initialized = True
-        LLMDataDist.llm_engine_instance = self
+        if not several:
+            LLMDataDist.llm_engine_instance = self
 
     def _imply_modes(self, options: dict[str, str]) -> None:
         """Set the options that others imply, and check that they fit together."""
@@ -261,12 +268,13 @@ def _overall(codes: Sequence[LLMStatusCode]) -> tuple[LLMStatusCode, list[LLMSta
 def _shutdown_handler() -> None:
     """Finalize what is left at exit."""
     instance = LLMDataDist.llm_engine_instance
-    if instance is None:
-        return
     try:
-        instance.finalize()
+        if instance is not None:
+            instance.finalize()
     except LLMException as exc:
         log.warn("finalize at exit: %s", exc)
+    finally:
+        _native.close_all()
 
 
 atexit.register(_shutdown_handler)
