@@ -228,6 +228,46 @@ func pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) *engine.Pu
 	return call
 }
 
+// The words of PushStart's parameters.
+const (
+	pushCluster = iota
+	pushKeyKind // 1 normal, 2 prefix, 3 cache id and batch, 0 raw addresses
+	pushKeyID
+	pushKeyModel
+	pushKeyCache
+	pushDstBatch
+	pushCache // id of the local cache
+	pushSrcBatch
+	pushSrcFirst // first tensor, or -1 for all
+	pushSrcCount
+	pushDstFirst
+	pushDstCount
+	pushPerLayer
+	pushBlockBytes // of a destination block; 0: not said
+	pushWords
+)
+
+// PushStart starts push_cache, push_blocks or a layer of transfer_cache_async. params has the words above; src and dst are block ids;
+// addrs are the addresses of the destination's tensors where the key kind is 0. The deadline is llm.SyncKvCacheWaitTime.
+func PushStart(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAddr, dstCount, addrsAddr, addrsCount int64) int64 {
+	p := words(paramsAddr, pushWords)
+	call := &engine.PushCall{
+		Cluster: p[pushCluster],
+		Key: transport.Key{Kind: transport.KeyKind(p[pushKeyKind]), ID: p[pushKeyID], Model: p[pushKeyModel], CacheID: int64(p[pushKeyCache]),
+			Batch: p[pushDstBatch]},
+		Addrs: words(addrsAddr, addrsCount),
+		Cache: int64(p[pushCache]),
+		Plan: plan.Request{
+			SrcTensors: tensors(p[pushSrcFirst], p[pushSrcCount]), DstTensors: tensors(p[pushDstFirst], p[pushDstCount]),
+			SrcBatch: p[pushSrcBatch], DstBatch: p[pushDstBatch], SrcBlocks: words(srcAddr, srcCount), DstBlocks: words(dstAddr, dstCount),
+		},
+		BlockBytes: p[pushBlockBytes], TensorsPerLayer: uint32(p[pushPerLayer]),
+	}
+	return start(number, handle, waitMillis, backend.Timeout(handle), func(ctx context.Context, e *engine.Engine) (string, error) {
+		return "", e.Push(ctx, call)
+	})
+}
+
 // CopyCacheStart starts copy_cache.
 func CopyCacheStart(number, handle, waitMillis, dst, src, dstBatch, srcBatch, offset, size int64) int64 {
 	call := engine.CopyCall{Dst: dst, Src: src, DstBatch: uint64(dstBatch), SrcBatch: uint64(srcBatch), Offset: uint64(offset), Size: size}

@@ -29,7 +29,7 @@ type Parts struct {
 	Device  mem.Device   // where DEVICE memory lives
 	Network link.Network // where connections come from
 	// Sessions makes the session of a link; nil: shm on one host, else tcp.
-	Sessions func(peer link.Peer, conns []transport.Conn, owner transport.Owner) (transport.Session, error)
+	Sessions func(peer link.Peer, conns []transport.Conn, server transport.Server) (transport.Session, error)
 	// Event takes lines for the log; it must not block. nil: nobody listens.
 	Event func(link.Event)
 }
@@ -190,31 +190,46 @@ func (e *Engine) linkTo(id uint64) (*link.Link, error) {
 	}
 	l, err := e.links.Link(e.reported(id))
 	if err == nil && l.Session() == nil {
-		err = status.New(status.ParamInvalid, status.StageCheck, "the link leads to this engine itself, which is no source of a pull")
+		err = status.New(status.ParamInvalid, status.StageCheck, "the link leads to this engine itself, which is no peer of a transfer")
 	}
 	return l, err
 }
 
-// owner answers the requests of peers from the engine's table.
-type owner struct{ *Engine }
+// owner answers the requests of one link's peer from the engine's table, and takes its pushes.
+type owner struct {
+	*Engine
+	attached chan struct{}     // closed when the session is known
+	session  transport.Session // of the same link: what an old link's peer pushes never comes over a new one
+}
 
 // Open implements transport.Owner.
-func (o owner) Open(req *transport.Request) (transport.Source, error) {
-	lookup := cache.Lookup{OneSided: o.options.OneSided, BlocksToBlocks: len(req.Plan.SrcBlocks) > 0}
-	switch req.Key.Kind {
-	case transport.KeyCache:
-		lookup.ByID, lookup.CacheID, lookup.Batch = true, req.Key.CacheID, req.Key.Batch
-		lookup.Key = cache.Key{ID: cache.NoID} // what an id that names no cache means in one-sided mode (spec §8.6)
-	case transport.KeyNormal, transport.KeyPrefix:
-		lookup.Key = cache.Key{ID: req.Key.ID, Model: req.Key.Model, Prefix: req.Key.Kind == transport.KeyPrefix}
-	default:
-		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "a key of kind %d", req.Key.Kind)
+func (o *owner) Open(req *transport.Request) (transport.Source, error) {
+	lookup, err := lookupOf(req.Key)
+	if err != nil {
+		return nil, err
 	}
+	lookup.OneSided, lookup.BlocksToBlocks = o.options.OneSided, len(req.Plan.SrcBlocks) > 0
 	source, err := o.table.Open(lookup)
 	if err != nil {
 		return nil, err
 	}
 	return held{source}, nil
+}
+
+// lookupOf translates how a peer names a cache.
+func lookupOf(key transport.Key) (cache.Lookup, error) {
+	switch key.Kind {
+	case transport.KeyCache:
+		// The key is what an id that names no cache means in one-sided mode (spec §8.6).
+		return cache.Lookup{ByID: true, CacheID: key.CacheID, Batch: key.Batch, Key: cache.Key{ID: cache.NoID}}, nil
+	case transport.KeyPushed:
+		if key.CacheID > 0 && key.ID > 0 {
+			return cache.Lookup{ByID: true, CacheID: key.CacheID, Generation: key.ID, Batch: key.Batch}, nil
+		}
+	case transport.KeyNormal, transport.KeyPrefix:
+		return cache.Lookup{Key: cache.Key{ID: key.ID, Model: key.Model, Prefix: key.Kind == transport.KeyPrefix}}, nil
+	}
+	return cache.Lookup{}, status.Newf(status.ParamInvalid, status.StageLookup, "a key of kind %d", key.Kind)
 }
 
 // held shows a source of the table to a transport.

@@ -226,8 +226,8 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 }
 
 // session makes the session of a link over the fabric.
-func (n *node) session(peer link.Peer, conns []transport.Conn, owner transport.Owner) (transport.Session, error) {
-	session, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: owner, Spin: -1, Broken: peer.Fail})
+func (n *node) session(peer link.Peer, conns []transport.Conn, server transport.Server) (transport.Session, error) {
+	session, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: server, Receiver: server, Spin: -1, Broken: peer.Fail})
 	if err != nil || !n.w.way.direct {
 		return session, err
 	}

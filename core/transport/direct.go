@@ -39,7 +39,11 @@ type Lease interface {
 type Control interface {
 	// Resolve asks the owner what req means. Plan.SrcBatch is not filled in.
 	Resolve(ctx context.Context, req *Request) (Resolved, error)
-	// Close and Idle are those of Session.
+	// Unconfirmed returns a channel that is closed when the peer has answered the pushes of ours that have ended without; nil where there
+	// are none.
+	Unconfirmed() <-chan struct{}
+	// Push, Close and Idle are those of Session.
+	Push(ctx context.Context, push *Push) error
 	Close(cause error)
 	Idle() <-chan struct{}
 }
@@ -128,6 +132,11 @@ func NewDirect(cfg DirectConfig) *Direct {
 
 // Pull implements Session.
 func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
+	if !req.Theirs() {
+		if err := AwaitConfirmed(ctx, d.cfg.Control); err != nil {
+			return err
+		}
+	}
 	deadline, _ := ctx.Deadline()
 	p, err := d.begin(deadline, req, local)
 	if err != nil {
@@ -136,8 +145,26 @@ func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
 	return p.Finish(ctx)
 }
 
+// Push implements Session: the peer reads our memory, or has us stream it.
+func (d *Direct) Push(ctx context.Context, push *Push) error { return d.cfg.Control.Push(ctx, push) }
+
+// AwaitConfirmed waits, before an operation of ours begins, until the peer has answered the pushes that have ended without.
+func AwaitConfirmed(ctx context.Context, c interface{ Unconfirmed() <-chan struct{} }) error {
+	for waiting := c.Unconfirmed(); waiting != nil; waiting = c.Unconfirmed() {
+		select {
+		case <-waiting:
+		case <-ctx.Done():
+			return Ended(ctx)
+		}
+	}
+	return nil
+}
+
 // Begin implements Beginner.
 func (d *Direct) Begin(deadline time.Time, req *Request, local Local) (Operation, error) {
+	if d.cfg.Control.Unconfirmed() != nil {
+		return nil, nil
+	}
 	p, err := d.begin(deadline, req, local)
 	if err != nil {
 		return nil, err
@@ -310,6 +337,9 @@ func (d *Direct) resolve(ctx context.Context, req *Request) (found, error) {
 	if known, ok := d.recall(req); ok {
 		return known, nil
 	}
+	if f, ok := d.pushed(req); ok {
+		return f, nil
+	}
 	r, err := d.cfg.Control.Resolve(ctx, req)
 	if err != nil {
 		return found{}, err
@@ -332,6 +362,20 @@ func (d *Direct) resolve(ctx context.Context, req *Request) (found, error) {
 		d.remember(req, f)
 	}
 	return f, nil
+}
+
+// pushed finds what the peer pushes without asking the peer: its push has said which generation that is.
+func (d *Direct) pushed(req *Request) (found, bool) {
+	if !req.Theirs() {
+		return found{}, false
+	}
+	place, ok := d.cfg.Directory.Lookup(req.Key.ID)
+	if !ok || len(place.Addrs) != int(place.Shape.Tensors) {
+		return found{}, false
+	}
+	f := found{Resolved{Generation: req.Key.ID, Shape: place.Shape, Batch: req.Key.Batch}, place}
+	d.remember(req, f)
+	return f, true
 }
 
 // Close implements Session. Pulls let go within one Read.
@@ -426,7 +470,7 @@ const blocksID = math.MaxUint64
 func keyOf(req *Request) (knownKey, directory.Name, bool) {
 	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0}
 	switch {
-	case req.Key.Kind == KeyCache && req.Key.CacheID > 0:
+	case req.Key.Kind == KeyCache && req.Key.CacheID > 0, req.Theirs():
 		return k, directory.Name{}, true
 	case req.Key.Kind == KeyNormal && req.Key.ID == blocksID:
 		return k, directory.Name{ByKey: true, Model: req.Key.Model}, true

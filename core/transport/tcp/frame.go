@@ -5,6 +5,7 @@ package tcp
 import (
 	"encoding/binary"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
@@ -37,8 +38,9 @@ const (
 	kindFail      frameKind = 4 // owner: the operation has failed; a: status code, body: cause
 	kindCancel    frameKind = 5 // initiator: nothing more is wanted
 	kindDone      frameKind = 6 // initiator: every byte has arrived; a: first tensor, b: tensors (all: flagAll)
-	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before
+	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before. Also: a push has succeeded
 	kindJoin      frameKind = 8 // initiator: an operation that was asked for on another connection may use this one too
+	kindPush      frameKind = 9 // pusher: body is a push; a: deadline in ms from now; the peer answers with CONFIRMED or FAIL
 )
 
 const (
@@ -79,7 +81,7 @@ func parseHeader(b []byte) (h header, err error) {
 		if h.length == 0 {
 			return h, protocolError("an empty data frame")
 		}
-	case kindRequest, kindEntry:
+	case kindRequest, kindEntry, kindPush:
 	case kindFail:
 		limit = maxCause
 	case kindCancel, kindDone, kindConfirmed, kindJoin:
@@ -172,6 +174,54 @@ func parseRequest(b []byte, req *transport.Request) error {
 	return nil
 }
 
+// pushFixed is the size of what precedes, in a push's body, the addresses and then a request: its key, lists and our shape.
+const pushFixed = 40
+
+func pushBodyBytes(p *transport.Push) int {
+	return pushFixed + 8*len(p.Addrs) + requestBytes(requestOf(p))
+}
+
+func requestOf(p *transport.Push) *transport.Request {
+	return &transport.Request{Key: p.Key, Plan: p.Plan, Local: p.Shape}
+}
+
+// putPush writes the body of a push frame.
+func putPush(b []byte, p *transport.Push) {
+	w := writer{b: b}
+	w.u64(uint64(p.Source))
+	w.u64(p.Generation)
+	w.u64(p.Plan.SrcBatch)
+	w.u64(p.BlockBytes)
+	w.u64(uint64(len(p.Addrs)))
+	for _, addr := range p.Addrs {
+		w.u64(addr)
+	}
+	putRequest(w.b, requestOf(p))
+}
+
+// parsePush reads the body of a push frame. It never allocates more than the body holds.
+func parsePush(b []byte, p *transport.Push) error {
+	if len(b) < pushFixed+requestFixed {
+		return protocolError("a push that is too short")
+	}
+	r := reader{b: b}
+	source, generation, batch, blockBytes, addrs := int64(r.u64()), r.u64(), r.u64(), r.u64(), r.u64()
+	if addrs > uint64(len(r.b)-requestFixed)/8 {
+		return protocolError("a push whose addresses do not fit it")
+	}
+	*p = transport.Push{Source: source, Generation: generation, BlockBytes: blockBytes}
+	if addrs > 0 {
+		p.Addrs = r.list(nil, int(addrs))
+	}
+	var req transport.Request
+	if err := parseRequest(r.b, &req); err != nil {
+		return err
+	}
+	p.Key, p.Plan, p.Shape = req.Key, req.Plan, req.Local
+	p.Plan.SrcBatch = batch
+	return nil
+}
+
 // entryBytes is the size of an entry's body.
 const entryBytes = 72
 
@@ -251,7 +301,7 @@ func (r *reader) shape() plan.Shape {
 }
 
 func (r *reader) list(into []uint64, count int) []uint64 {
-	into = into[:0]
+	into = slices.Grow(into[:0], count)
 	for range count {
 		into = append(into, r.u64())
 	}

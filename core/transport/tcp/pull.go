@@ -155,6 +155,11 @@ func (p *pull) endLocked(err error) {
 
 // Pull copies what req names into local. See transport.Session.
 func (s *Session) Pull(ctx context.Context, req *transport.Request, local transport.Local) error {
+	if !req.Theirs() {
+		if err := transport.AwaitConfirmed(ctx, s); err != nil {
+			return err
+		}
+	}
 	if ctx.Err() != nil {
 		return transport.Ended(ctx)
 	}
@@ -168,6 +173,9 @@ func (s *Session) Pull(ctx context.Context, req *transport.Request, local transp
 
 // Begin implements transport.Beginner.
 func (s *Session) Begin(deadline time.Time, req *transport.Request, local transport.Local) (transport.Operation, error) {
+	if s.Unconfirmed() != nil {
+		return nil, nil
+	}
 	p, err := s.start(deadline, req, local, 0)
 	if err != nil {
 		return nil, err
@@ -211,9 +219,8 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "%d addresses for %d tensors", len(local.Addrs), req.Local.Tensors)
 	}
 	length := requestBytes(req)
-	if length > maxBody {
-		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "the request has %d bytes, more than a control frame of %d", length, maxBody).
-			Hinting("split the block lists over several calls")
+	if err := checkBody(length); err != nil {
+		return nil, err
 	}
 	p := s.newPull()
 	p.req, p.resolve = req, flags&flagResolve != 0
@@ -232,7 +239,7 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 	if cause := s.cause; cause != nil {
 		s.mu.Unlock()
 		s.putBuffer(f.buffer)
-		return nil, status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", cause)
+		return nil, linkEnded(cause)
 	}
 	s.pulls[p.id] = p
 	s.mu.Unlock()
@@ -243,6 +250,19 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 		s.join(p)
 	}
 	return p, nil
+}
+
+// checkBody says whether the body of a request or a push fits its frame.
+func checkBody(bytes int) error {
+	if bytes <= maxBody {
+		return nil
+	}
+	return status.Newf(status.ParamInvalid, status.StageCheck, "the request has %d bytes, more than a control frame of %d", bytes, maxBody).
+		Hinting("split the block lists over several calls")
+}
+
+func linkEnded(cause error) error {
+	return status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", cause)
 }
 
 // wantedBytes is about how much a request asks for.
@@ -539,6 +559,7 @@ func (p *pull) build(e *entry) error {
 func (s *Session) failed(h header, body []byte) {
 	p := s.pulling(h.operation)
 	if p == nil {
+		s.pushOver(h.operation, receiverSays(refusal(h.a, body)), true)
 		return
 	}
 	p.mu.Lock()
@@ -552,7 +573,7 @@ func (s *Session) failed(h header, body []byte) {
 // refusal reads what a FAIL frame says. The peer chooses among what we know: a status or a stage that we don't becomes the general one.
 func refusal(code uint64, body []byte) *status.Error {
 	parts := strings.SplitN(strings.ToValidUTF8(string(body), "\uFFFD"), "\x00", 3)
-	e := status.New(status.Failed, status.StageTransfer, "the owner has refused")
+	e := status.New(status.Failed, status.StageTransfer, "the peer has refused")
 	switch c := status.Code(code); c {
 	case status.CacheNotExist, status.ParamInvalid, status.Timeout, status.LinkBusy, status.OutOfMemory, status.EngineFinalized,
 		status.FeatureNotEnabled:
@@ -571,8 +592,11 @@ func refusal(code uint64, body []byte) *status.Error {
 	return e
 }
 
-// confirmed takes the answer to DONE.
+// confirmed takes the answer to DONE, or to a push.
 func (s *Session) confirmed(h header) {
+	if s.pushOver(h.operation, nil, true) {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock() // it stays this operation's while it is on the table
 	if p := s.pulls[h.operation]; p != nil {
