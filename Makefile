@@ -77,7 +77,7 @@ lint: $(LINTERS)/borders $(VENV_STAMP) ## formatting, vet, staticcheck, borders,
 	go vet ./...
 	$(LINTERS)/staticcheck ./...
 	$(LINTERS)/borders .
-	$(BIN)/ruff check --quiet python tests benchmarks setup.py
+	$(BIN)/ruff check --quiet python tests benchmarks examples setup.py
 	$(BIN)/mypy
 
 gotest: | system ## Go tests with the race detector
@@ -134,4 +134,4 @@ sdist-test: $(INSTALLED) ## the source distribution builds without a network
 
 clean: ## everything that was built
 	rm -rf $(VENV) build dist vendor python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis
-	find core python pyext tests -name __pycache__ -prune -exec rm -rf {} +
+	find core examples python pyext tests -name __pycache__ -prune -exec rm -rf {} +
