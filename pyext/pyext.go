@@ -131,6 +131,43 @@ func linking(number, handle, waitMillis, timeoutMillis int64, clusters string, c
 	})
 }
 
+// GroupLink starts to link the members of a group to each other and returns the communicator's id. request is a JSON object: name,
+// members as a list of (cluster id as a decimal string, rank), table as the text of the rank table.
+func GroupLink(handle int64, request string) int64 {
+	return with(handle, func(e *engine.Engine) (int64, error) {
+		var r struct {
+			Name    string
+			Members []engine.GroupMember
+			Table   string
+		}
+		if err := json.Unmarshal([]byte(request), &r); err != nil {
+			return 0, status.Newf(status.ParamInvalid, status.StageCheck, "the group is malformed: %w", err)
+		}
+		comm, err := e.GroupLink(r.Name, r.Members, r.Table)
+		return int64(comm), err
+	})
+}
+
+// GroupUnlinkStart starts to unlink a communicator.
+func GroupUnlinkStart(number, handle, waitMillis, comm int64) int64 {
+	return start(number, handle, waitMillis, 0, func(ctx context.Context, e *engine.Engine) (string, error) {
+		return "", e.GroupUnlink(ctx, uint64(comm))
+	})
+}
+
+// GroupStatus returns the state of a communicator: 0 linked, 1 preparing, 2 failed.
+func GroupStatus(handle, comm int64) int64 {
+	return with(handle, func(e *engine.Engine) (int64, error) {
+		state, err := e.GroupStatus(uint64(comm))
+		return int64(state), err
+	})
+}
+
+// MemoryRemap is remap_registered_memory.
+func MemoryRemap(handle int64) int64 {
+	return with(handle, func(e *engine.Engine) (int64, error) { return 0, e.Remap() })
+}
+
 // CacheRegister enters memory into the engine's table and returns the cache's id. desc is packed as for desc(); addrs has the address of
 // each tensor; keys has three words each: id, model id, 1 for a prefix key.
 func CacheRegister(handle, descAddr, descCount, addrsAddr, addrsCount, keysAddr, keysCount int64, accessible bool) int64 {

@@ -196,7 +196,7 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 	n := &node{w: w, id: id}
 	options := Options{
 		CacheManager: true, SyncTimeout: time.Second, TCPConnections: 2, CopyThreads: 2, PeerDead: patient,
-		DevicePool: poolOf(64 << 20), Transport: "tcp",
+		DevicePool: poolOf(64 << 20), Transport: "tcp", LinkTotal: patient, LinkTries: 1,
 	}
 	if w.way.shm {
 		options.Transport = "shm"

@@ -110,10 +110,10 @@ func TestBadOptions(t *testing.T) {
 
 func TestOptionsOfPartsThatAreNotBuilt(t *testing.T) {
 	for _, c := range [][]string{
-		{"open.Device", "cann"}, {"open.Transport", "ucx"}, {"open.Transport", "cann"}, {"open.RendezvousPort", "16666"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
+		{"open.Device", "cann"}, {"open.Transport", "ucx"}, {"open.Transport", "cann"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
 		{"open.Integrity", "always"}, {"open.AuthSecretFile", "/x"}, {"open.TlsCertFile", "/x"}, {"open.TlsKeyFile", "/x"}, {"open.TlsCaFile", "/x"},
 		{"open.MetricsAddress", "127.0.0.1:1"},
-		{"LLM_DATADIST_DEVICE", "cann"}, {"LLM_DATADIST_TRANSPORT", "ucx"}, {"LLM_DATADIST_RENDEZVOUS_PORT", "1"},
+		{"LLM_DATADIST_DEVICE", "cann"}, {"LLM_DATADIST_TRANSPORT", "ucx"},
 		{"LLM_DATADIST_INTEGRITY", "always"}, {"LLM_DATADIST_AUTH_SECRET_FILE", "/x"},
 		{"LLM_DATADIST_TLS_CERT_FILE", "/x"}, {"LLM_DATADIST_TLS_KEY_FILE", "/x"}, {"LLM_DATADIST_TLS_CA_FILE", "/x"}, {"LLM_DATADIST_METRICS_ADDRESS", "x"},
 	} {

@@ -126,6 +126,8 @@ func (a *attempt) commit(l *Link) error {
 		r.link, r.ended = l, ""
 		a.pair.link, a.pair.last = l, l
 		a.installed = true
+		close(m.installed)
+		m.installed = make(chan struct{})
 		m.tasks.Add(1) // for the goroutine of l.start
 		m.mu.Unlock()
 		_ = a.control.SetDeadline(time.Time{})

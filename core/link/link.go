@@ -183,6 +183,9 @@ type DialRequest struct {
 	GivenID    uint64 // the cluster id that the caller expects, where HasGivenID
 	HasGivenID bool
 	NameOnly   bool // GivenID names the failure in the log and for Explain, and nothing is expected of the peer
+	// Exact refuses an engine that reports another id than GivenID, or is another incarnation than Incarnation: LinkFailed.
+	Exact       bool
+	Incarnation Incarnation
 }
 
 // Link is one link. A link to oneself has no connections, and a session only where it goes by the name of another cluster.

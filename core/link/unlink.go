@@ -176,8 +176,8 @@ func (m *Manager) dropFor(h hello) bool {
 	return true
 }
 
-// remember keeps a failure for Explain.
-func (m *Manager) remember(id uint64, failure error) {
+// Remember keeps a failure for Explain.
+func (m *Manager) Remember(id uint64, failure error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.recordOf(id).failure = time.Now().UTC().Format(time.RFC3339) + " " + failure.Error()
@@ -185,7 +185,7 @@ func (m *Manager) remember(id uint64, failure error) {
 
 // failed logs a failure and keeps it for Explain.
 func (m *Manager) failed(id uint64, text string, failure error) {
-	m.remember(id, failure)
+	m.Remember(id, failure)
 	m.eventOf(Error, id, text, failure)
 }
 

@@ -411,6 +411,22 @@ class Engine:
         text = call("unlink_clusters", native.pyext_UnlinkStart, *arguments, leaves_text=True)
         return [code_2_status(code) for code in json.loads(text)]
 
+    def group_link(self, name: str, members: list[tuple[int, int]], table: str) -> int:
+        """Begin to link a group. members has cluster id and rank of each."""
+        plain = [(str(cluster_id), rank) for cluster_id, rank in members]
+        request = json.dumps({"name": name, "members": plain, "table": table})
+        return self._short("link", self._usable().pyext_GroupLink(self._handle, request))
+
+    def group_unlink(self, comm_id: int) -> None:
+        call("unlink", self._usable().pyext_GroupUnlinkStart, self._handle, WAIT_MILLIS, signed(comm_id))
+
+    def group_status(self, comm_id: int) -> int:
+        result = self._usable().pyext_GroupStatus(self._handle, signed(comm_id))
+        return self._short("query_register_mem_status", result)
+
+    def remap(self) -> None:
+        self._short("remap_registered_memory", self._usable().pyext_MemoryRemap(self._handle))
+
     def register(
         self, operation: str, desc: array[int], addrs: array[int], keys: array[int], remote_accessible: bool
     ) -> int:
