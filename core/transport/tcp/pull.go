@@ -13,9 +13,9 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
-// pull is one operation of ours; a push is one for which no bytes come. Its bytes are placed by the lanes, each of which enters it for one system call at a time; when it has
-// ended nobody enters any more, and the caller waits until the last one has left. Pulls are used again: who has found one by its number
-// names that number when it takes the lock.
+// pull is one operation of ours; a push is one for which no bytes come. Its bytes are placed by the lanes, each of which enters it for
+// one system call at a time; when it has ended nobody enters any more, and the caller waits until the last one has left. Pulls are used
+// again: who has found one by its number names that number when it takes the lock.
 type pull struct {
 	session *Session
 	lane    *lane // carries the request and what follows it
