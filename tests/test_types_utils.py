@@ -249,6 +249,7 @@ def test_sizes_at_the_limits(shape, dtype, size):
 # --- llm_utils
 
 
+@pytest.mark.parity("module.llm_utils")
 def test_clone():
     desc = CacheDesc(3, [4, 5], DataType.DT_BF16, Placement.HOST, 1, 0, "x")
     clone = llm_utils.clone_cache_desc(desc)
@@ -258,6 +259,7 @@ def test_clone():
     assert llm_utils.clone_cache_desc(CacheDesc(1, (2,), DataType.DT_INT8)).shape == (2,)
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("shape", "code"),
     [([1, -1], None), ([], "LLM_PARAM_INVALID"), ([1, 0], "LLM_PARAM_INVALID"), ([-2], "LLM_SUCCESS")],
@@ -271,12 +273,14 @@ def test_verify_cache_shape(shape, code):
     assert failure.value.status_code is LLMStatusCode[code]
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(("value", "invalid"), [(-1, True), (2**64 - 1, True), (0, False), (2**64 - 2, False)])
 def test_ids(value, invalid):
     assert llm_utils.is_invalid_id(value) is invalid
     assert llm_utils.is_valid_id(value) is not invalid
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("src", "dst", "number", "expected"),
     [
@@ -294,6 +298,7 @@ def test_tensor_indices(src, dst, number, expected):
         assert llm_utils.layer_range_to_tensor_indices(src, dst) == expected
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("layers", "error"),
     [
@@ -313,6 +318,7 @@ def test_tensor_indices_refuse(layers, error):
         assert type(failure.value) is error
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -345,6 +351,7 @@ def options(shapes="2,4;2,4", dtypes="1;1", seq=None, tensor_format=None):
     return {key: value for key, value in given_.items() if value is not None}
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("given_", "shape", "seq"),
     [
@@ -362,6 +369,7 @@ def test_desc_by_options(given_, shape, seq):
     assert llm_utils.CacheDescParser.parse_by_options(given_).kv_tensor_format is None
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     "given_",
     [
