@@ -86,7 +86,7 @@ func (r *roster) check(meeting *Meeting) error {
 }
 
 func (a *Attendee) check() error {
-	if _, err := netip.ParseAddrPort(a.Address); err != nil || len(a.Address) > maxTextBytes {
+	if _, err := netip.ParseAddrPort(a.Address); err != nil || printable(a.Address) != a.Address { // a zone may be any text
 		return fmt.Errorf("cluster %d has no proper address", a.Cluster)
 	}
 	return nil
