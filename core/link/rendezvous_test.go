@@ -50,6 +50,10 @@ func (n *node) bring(root *node, g *Gathering, address string) {
 	require.NoError(n.t, err)
 	require.NoError(n.t, <-heard)
 	require.Equal(n.t, ours, theirs)
+	again, err := n.Announce(ctx, []string{address}, duo, memberOfDuo)
+	require.NoError(n.t, err, "the roster may have been lost on its way")
+	require.Equal(n.t, ours, again)
+	g.Close()
 	require.Equal(n.t, []Incarnation{root.incarnation, n.incarnation}, []Incarnation{ours[0].Incarnation, ours[1].Incarnation})
 }
 
@@ -131,6 +135,7 @@ func TestMemberThatTalksOutOfTurnLosesItsPlace(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_, err = g.Wait(ctx)
+	g.Close()
 	require.ErrorContains(t, err, "cluster 3 (rank 2), cluster 2 (rank 1)")
 }
 
@@ -147,6 +152,7 @@ func TestGatheringsOfOneNetworkShareAListener(t *testing.T) {
 	defer cancel()
 	_, err = again.Wait(ctx)
 	require.ErrorIs(t, err, status.Timeout)
+	again.Close()
 	_, err = net.Dial("tcp", address)
 	require.Error(t, err, "the last group has closed the listener")
 }
@@ -168,6 +174,7 @@ func TestMemberHearsThatTheRootHasGivenUp(t *testing.T) {
 	cancel()
 	_, err = g.Wait(ctx)
 	require.Error(t, err)
+	g.Close()
 	require.ErrorContains(t, <-heard, "rank 0 has given the group up")
 }
 
@@ -290,7 +297,7 @@ func FuzzAnnouncement(f *testing.F) {
 			return
 		}
 		require.NotContains(t, a.Attendee.Address, "\n")
-		h := &hub{gatherings: []*Gathering{{meeting: duo, seats: make([]*Attendee, 2), missing: 3, ctx: context.Background()}}}
+		h := &hub{gatherings: []*Gathering{{meeting: duo, seats: make([]*Attendee, 2), missing: 3}}}
 		if g, place, err := h.seat(a); err == nil {
 			require.Equal(t, duo.Members[place], Member{a.Attendee.Cluster, a.Attendee.Rank})
 			require.Equal(t, 2, g.missing)
