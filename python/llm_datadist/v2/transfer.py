@@ -144,17 +144,32 @@ class TransferAsyncThread(threading.Thread):
         )
         self._jobs = jobs
         self._results: dict[int, LLMStatusCode] = {}  # by destination cluster
+        self._ended = threading.Event()
 
     def get_results(self) -> list[LLMStatusCode | None]:
-        """Return the code of each job's cluster, None where there is none (yet). LLMException in a forked child."""
-        _native.refuse_in_child()  # where the thread seems to have ended
+        """Return the code of each job's cluster, None where there is none (yet)."""
         return [self._results.get(job.cluster_id) for job in self._jobs]
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the transfer has ended, for timeout seconds at most. LLMException in a forked child, where it never ends.
+
+        Thread.join is no place to wait in: up to Python 3.12 it takes a Ctrl-C for the end of the thread.
+        """
+        _native.refuse_in_child()
+        if self._ended.wait(timeout):
+            super().join()
+
+    def is_alive(self) -> bool:
+        """Tell whether the transfer still runs."""
+        return not self._ended.is_set()
 
     def _survive(self, src_cache: Cache | KvCache, *work: Any) -> None:
         try:
             self._transfer(*work)
         except BaseException:
             log.error("%s of %s has ended by an exception", self._OPERATION, src_cache, exc_info=True)
+        finally:
+            self._ended.set()
 
     def _transfer(self, engine: Any, layer_synchronizer: LayerSynchronizer, layers: range) -> None:
         for layer in layers:
