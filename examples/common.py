@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -107,6 +108,13 @@ def link(engine: LLMDataDist, cluster_id: int, address: str) -> LLMClusterInfo:
     return info
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def random_kv(desc: CacheDesc, seed: int) -> list[np.ndarray]:
     """Return arrays of float16 for the tensors of a cache, with the content that belongs to seed."""
     random = np.random.default_rng(seed)
@@ -125,8 +133,11 @@ def addresses(arrays: list[np.ndarray]) -> list[int]:
 
 def arrays_of(cache: Cache) -> list[np.ndarray]:
     """Return the tensors of an allocated cache as arrays of float16 that are its memory."""
-    desc = cache.cache_desc
-    memory = [(ctypes.c_uint8 * desc.size).from_address(address) for address in cache.tensor_addrs]
+    return arrays_at(cache.tensor_addrs, cache.cache_desc)
+
+
+def arrays_at(addresses: Sequence[int], desc: CacheDesc) -> list[np.ndarray]:
+    memory = [(ctypes.c_uint8 * desc.size).from_address(address) for address in addresses]
     return [np.frombuffer(tensor, np.float16).reshape(desc.shape) for tensor in memory]
 
 

@@ -2,11 +2,12 @@
 """Disaggregated generation: one process computes the KV cache of a prompt, another one fetches it and generates.
 
 The model is a small transformer of the shape of Llama (RMSNorm, grouped-query attention, rotary positions, SwiGLU) with seeded
-weights. The KV cache moves in three ways, and each must give the tokens that a single process gives:
+weights. The KV cache moves in four ways, and each must give the tokens that a single process gives:
 
 - whole: one contiguous row, with pull_cache;
 - by blocks: the prefill's pages to other pages of a smaller pool, with pull_blocks;
-- layer by layer: each layer is pulled as soon as the prefill has finished it, while it computes the next ones.
+- by layers, pulled: each layer as soon as the prefill has finished it, while it computes the next ones;
+- by layers, pushed: the same by the prefill, with transfer_cache_async.
 
 The time to the first token counts from the request until the decode process has that token.
 """
@@ -14,22 +15,26 @@ The time to the first token counts from the request until the decode process has
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import common
 import numpy as np
 
-from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LayerSynchronizer, LLMRole, TransferConfig
 from llm_datadist.v2.cache_manager import CacheManager
 
 PREFILL, DECODE = 1, 2  # cluster ids
 VOCABULARY, WIDTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2048, 256, 8, 2, 32, 704
 BLOCK_TOKENS = 16
+POOL = '{"memory_size": 268435456}'  # bytes, which are taken from the system when they are used
 REPEATS = 3  # of each way, of which the fastest is shown
 
 
@@ -178,27 +183,73 @@ def pages_of(seed: int, sizes: Sizes, desc: CacheDesc) -> list[int]:
 # --- the prefill process
 
 
+class Progress(LayerSynchronizer):
+    """Lets a transfer wait for layers that are computed."""
+
+    def __init__(self, layers: int) -> None:
+        self._events = [threading.Event() for _ in range(layers)]
+
+    def finish(self, layer: int) -> None:
+        self._events[layer].set()
+
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return self._events[layer_index].wait(None if timeout_in_millis is None else timeout_in_millis / 1000)
+
+
+class Worker:
+    """Computes the KV cache of prompts: all tokens but the last, with which decoding begins."""
+
+    def __init__(self, manager: CacheManager, sizes: Sizes, decode: Connection) -> None:
+        self._manager, self._sizes, self._decode = manager, sizes, decode
+        self._model = Model(sizes.layers)
+        self._paged = manager.allocate_blocks_cache(sizes.pages(spare=24), BlocksCacheKey(PREFILL))
+
+    def whole(self, request: int, prompt: list[int]) -> None:
+        """Compute into a row that the request's key names."""
+        row = self._manager.allocate_cache(self._sizes.row(), [CacheKey(PREFILL, req_id=request)])
+        self._decode.send(request)
+        self._compute(prompt, KV(common.arrays_of(row), [0]))
+        self._decode.recv()  # pulled, by which the key was released
+        self._manager.deallocate_cache(row)
+
+    def paged(self, request: int, prompt: list[int]) -> None:
+        """Compute into pages, which the decode process is told."""
+        table = pages_of(request, self._sizes, self._paged.cache_desc)
+        self._decode.send(table)
+        self._compute(prompt, KV(common.arrays_of(self._paged), table))
+
+    def pushed(self, request: int, prompt: list[int]) -> None:
+        """Compute into pages, and push each layer to where the decode process wants it."""
+        desc = self._paged.cache_desc
+        table = pages_of(request, self._sizes, desc)
+        addresses, pages = self._decode.recv()
+        progress = Progress(self._sizes.layers)
+        task = self._manager.transfer_cache_async(
+            self._paged,
+            progress,
+            [TransferConfig(DECODE, addresses)],
+            src_block_indices=table,
+            dst_block_indices=pages,
+            dst_block_memory_size=desc.size // desc.shape[0],
+        )
+        self._compute(prompt, KV(common.arrays_of(self._paged), table), progress.finish)
+        self._decode.send(task.synchronize())
+
+    def _compute(self, prompt: list[int], kv: KV, finished: Callable[[int], None] = lambda layer: None) -> None:
+        def tell(layer: int) -> None:
+            finished(layer)
+            self._decode.send(("finished", layer))
+
+        self._model.forward(prompt[:-1], 0, kv, tell)
+
+
 def prefill(decode: Connection, sizes: Sizes) -> None:
-    """Compute the KV cache of each prompt that is asked for: all tokens but the last, with which decoding begins."""
-    model = Model(sizes.layers)
-    engine = common.start_engine(
-        LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg='{"memory_size": 268435456}'
-    )
-    manager = engine.cache_manager
-    paged = manager.allocate_blocks_cache(sizes.pages(spare=24), BlocksCacheKey(PREFILL))
+    """Serve the requests of the decode process until there is none."""
+    engine = common.start_engine(LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg=POOL)
+    worker = Worker(engine.cache_manager, sizes, decode)
     decode.send(engine.listen_address)
-    for request, (way, prompt) in enumerate(iter(decode.recv, None)):
-        if way == "whole":
-            row = manager.allocate_cache(sizes.row(), [CacheKey(PREFILL, req_id=request)])
-            kv, place = KV(common.arrays_of(row), [0]), request
-        else:
-            table = pages_of(request, sizes, paged.cache_desc)
-            kv, place = KV(common.arrays_of(paged), table), table
-        decode.send(place)
-        model.forward(prompt[:-1], 0, kv, lambda layer: decode.send(("finished", layer)))
-        if way == "whole":
-            decode.recv()  # the pull released the key
-            manager.deallocate_cache(row)
+    for request, (kind, prompt) in enumerate(iter(decode.recv, None)):
+        getattr(worker, kind)(request, prompt)
     engine.finalize()
 
 
@@ -218,7 +269,7 @@ class Fetcher:
     def whole(self) -> KV:
         """Pull the row when it is computed."""
         request = self._prefill.recv()
-        self._pull_after(self._sizes.layers - 1, lambda: self._manager.pull_cache(CacheKey(PREFILL, req_id=request), self._row))
+        self._after(self._sizes.layers - 1, lambda: self._manager.pull_cache(CacheKey(PREFILL, req_id=request), self._row))
         self._prefill.send("pulled")
         return KV(common.arrays_of(self._row), [0])
 
@@ -226,7 +277,13 @@ class Fetcher:
         """Pull the pages when all are computed."""
         theirs = self._prefill.recv()
         key = BlocksCacheKey(PREFILL)
-        self._pull_after(self._sizes.layers - 1, lambda: self._manager.pull_blocks(key, self._paged, theirs, self._table))
+        self._after(self._sizes.layers - 1, lambda: self._manager.pull_blocks(key, self._paged, theirs, self._table))
+        return KV(common.arrays_of(self._paged), self._table)
+
+    def pushed(self) -> KV:
+        """Have the prefill push the pages of each layer when that is computed."""
+        self._prefill.send((self._paged.tensor_addrs, self._table))
+        self._after(self._sizes.layers - 1, self._prefill.recv)
         return KV(common.arrays_of(self._paged), self._table)
 
     def by_layers(self) -> KV:
@@ -234,15 +291,16 @@ class Fetcher:
         theirs = self._prefill.recv()
         key = BlocksCacheKey(PREFILL)
         for layer in range(self._sizes.layers):
-            only = {"src_layer_range": range(layer, layer + 1), "dst_layer_range": range(layer, layer + 1)}
-            self._pull_after(layer, lambda: self._manager.pull_blocks(key, self._paged, theirs, self._table, **only))  # noqa: B023
+            only = range(layer, layer + 1)
+            pull = partial(self._manager.pull_blocks, key, self._paged, theirs, self._table)
+            self._after(layer, partial(pull, src_layer_range=only, dst_layer_range=only))
         return KV(common.arrays_of(self._paged), self._table)
 
-    def _pull_after(self, layer: int, pull: Callable[[], None]) -> None:
+    def _after(self, layer: int, transfer: Callable[[], object]) -> None:
         while self._prefill.recv() != ("finished", layer):
             pass
         began = time.perf_counter()
-        pull()
+        transfer()
         self.waited = time.perf_counter() - began
 
     def clear(self) -> None:
@@ -263,15 +321,26 @@ class Result(NamedTuple):
 def decode(prefill: Connection, sizes: Sizes) -> None:
     """Generate in each way, and compare with what this process generates alone."""
     model = Model(sizes.layers)
-    engine = common.start_engine(LLMRole.DECODER, DECODE, mem_pool_cfg='{"memory_size": 268435456}')
+    engine = common.start_engine(LLMRole.DECODER, DECODE, mem_pool_cfg=POOL)
     cluster = common.link(engine, PREFILL, prefill.recv())
     fetcher = Fetcher(engine.cache_manager, sizes, prefill)
-    ways = {"whole": fetcher.whole, "by blocks": fetcher.by_blocks, "layer by layer": fetcher.by_layers}
+    ways = {
+        "whole": ("whole", fetcher.whole),
+        "by blocks": ("paged", fetcher.by_blocks),
+        "by layers, pulled": ("paged", fetcher.by_layers),
+        "by layers, pushed": ("pushed", fetcher.pushed),
+    }
     prompts = [[int(token) for token in np.random.default_rng(n).integers(VOCABULARY, size=sizes.prompt)] for n in range(REPEATS)]
     wanted = [alone(model, sizes, prompt) for prompt in prompts]
     table = {"one process": wanted}
-    for way, fetch in ways.items():
-        table[way] = [disaggregated(model, sizes, prompt, prefill, way, fetcher, fetch) for prompt in prompts]
+    for way, (kind, fetch) in ways.items():
+        table[way] = []
+        for prompt in prompts:
+            fetcher.clear()
+            began = time.perf_counter()
+            prefill.send((kind, prompt))
+            kv = fetch()
+            table[way].append(go_on(model, sizes, prompt, kv, began, fetcher.waited))
     prefill.send(None)
     engine.unlink_clusters([cluster], timeout=5000)
     engine.finalize()
@@ -290,17 +359,6 @@ def alone(model: Model, sizes: Sizes, prompt: list[int]) -> Result:
     return go_on(model, sizes, prompt, kv, began, 0.0)
 
 
-def disaggregated(
-    model: Model, sizes: Sizes, prompt: list[int], prefill: Connection, way: str, fetcher: Fetcher, fetch: Callable[[], KV]
-) -> Result:
-    """Let the other process prefill, fetch its KV cache, and generate."""
-    fetcher.clear()
-    began = time.perf_counter()
-    prefill.send((way, prompt))
-    kv = fetch()
-    return go_on(model, sizes, prompt, kv, began, fetcher.waited)
-
-
 def go_on(model: Model, sizes: Sizes, prompt: list[int], kv: KV, began: float, waited: float) -> Result:
     """Generate after a prompt whose KV cache is there, all but its last token's."""
     last = len(prompt) - 1
@@ -310,19 +368,20 @@ def go_on(model: Model, sizes: Sizes, prompt: list[int], kv: KV, began: float, w
 
 
 def show(table: dict[str, list[Result]], good: dict[str, int]) -> None:
-    print("KV cache          first token   waited for KV   tokens")
-    print("--------------   ------------   -------------   -------------------")
+    print("KV cache             first token   waited for KV   tokens")
+    print("-----------------   ------------   -------------   --------------")
     for way, results in table.items():
         best = min(results)
         waited = f"{best.waited * 1e3:.2f} ms" if best.waited else "-"
         verdict = "as one process" if good[way] == REPEATS else "WRONG"
-        print(f"{way:14}   {best.first_token * 1e3:9.1f} ms   {waited:>13}   {verdict}")
+        print(f"{way:17}   {best.first_token * 1e3:9.1f} ms   {waited:>13}   {verdict}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generate with prefill and decode in two processes.")
-    for name, default in (("layers", 8), ("prompt", 512), ("generate", 24)):
+    for name, default in (("layers", 8), ("prompt", 512), ("generate", 16)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for numpy in both processes, which compute by turns on few cores
     common.run(prefill, decode, Sizes(**vars(parser.parse_args())))
 
 

@@ -160,6 +160,38 @@ def test_pools_of_tens_of_gib_are_reserved_and_not_committed(local, owner):
     assert max(grown) < 256 << 10, grown
 
 
+def test_12_threads_push_blocks_over_a_link_that_the_other_end_has_dialed(local, owner):
+    """owner, the prefill side, pushes; local, the decode side, has linked and has no listener."""
+    threads, rounds = 12, 10
+    link(local, owner, one_sided=True)
+    owner.add("s", desc([BLOCKS, BLOCK], 2), 1, BlocksCacheKey(THEIRS), blocks=True, accessible=True)
+    local.add("d", desc([BLOCKS, BLOCK], 2), TARGET, BlocksCacheKey(OURS), blocks=True, accessible=True)
+    wanted = [content.reshape(BLOCKS, BLOCK).copy() for content in local.content("d")]
+    sent = [pattern(1, tensor, BLOCKS * BLOCK).reshape(BLOCKS, BLOCK) for tensor in range(2)]
+    # Each thread has blocks of its own to push into; what is pushed last stays.
+    src = np.random.default_rng(1).integers(BLOCKS, size=(threads, rounds, 5)).tolist()
+    dst = [list(range(5 * thread, 5 * thread + 5)) for thread in range(threads)]
+    owner.run(PUSH, src=src, dst=dst)
+    for thread in range(threads):
+        for tensor in range(2):
+            wanted[tensor][dst[thread]] = sent[tensor][src[thread][-1]]
+    for content, want in zip(local.content("d"), wanted):
+        assert np.array_equal(content.reshape(BLOCKS, BLOCK), want)
+
+
+PUSH = """
+from concurrent.futures import ThreadPoolExecutor
+from llm_datadist import BlocksCacheKey
+
+def push(thread):
+    for blocks in src[thread]:
+        end.manage("push_blocks", BlocksCacheKey(2), "s", blocks, dst[thread])
+
+with ThreadPoolExecutor(len(dst)) as pool:
+    list(pool.map(push, range(len(dst))))
+"""
+
+
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
 def test_what_is_registered_over_the_same_memory_after_linking_is_used_at_once(local, owner, one_sided):
     link(local, owner, one_sided=one_sided)
