@@ -283,7 +283,7 @@ def test_link_needs_an_engine_in_cache_manager_mode():
 
 
 def test_the_hixl_backend_has_no_groups(local):
-    local.open(OURS, transfer_backend="hixl")
+    local.open(OURS, one_sided=True, transfer_backend="hixl")
     refused(local.engine.link, "n", NAMES, table(2), code=NOT_ENABLED)
     refused(local.engine.unlink, 1, code=NOT_ENABLED)
     refused(local.engine.query_register_mem_status, 1, code=NOT_ENABLED)

@@ -79,6 +79,8 @@ type group struct {
 	digest  [32]byte
 	fresh   map[uint64]bool // clusters that were not linked when the preparation began
 
+	gathering *link.Gathering // of the preparation at the root
+
 	ctx    context.Context // of the preparation
 	cancel context.CancelCauseFunc
 	done   chan struct{} // closed when the preparation has ended
@@ -358,6 +360,9 @@ func (g *group) prepare() error {
 		return err
 	}
 	attendees, err := g.meet(own, self)
+	if g.gathering != nil {
+		defer g.gathering.Close() // when we have our links, every member has had the roster
+	}
 	if err != nil {
 		return err
 	}
@@ -428,17 +433,16 @@ func (g *group) meet(own rankPlace, self link.Attendee) ([]link.Attendee, error)
 		}
 		return g.e.links.Announce(g.ctx, addresses, meeting, self)
 	}
-	var gathering *link.Gathering
 	err = g.tries(func(context.Context) error {
 		return onLocal(own.ips, func(ip string) (err error) {
-			gathering, err = g.e.links.Gather(net.JoinHostPort(ip, port), meeting, self)
+			g.gathering, err = g.e.links.Gather(net.JoinHostPort(ip, port), meeting, self)
 			return err
 		})
 	})
 	if err != nil {
 		return nil, err
 	}
-	return gathering.Wait(g.ctx)
+	return g.gathering.Wait(g.ctx)
 }
 
 // join links to one other member: the one with the higher rank dials. A link that lives counts, where it is to the engine that has
