@@ -18,6 +18,7 @@ from llm_datadist import (
     LLMException,
     LLMRole,
     LLMStatusCode,
+    RegisterMemStatus,
     TransferWithCacheKeyConfig,
 )
 from peers import End, Peer, cluster, desc, pattern
@@ -120,6 +121,21 @@ def test_a_peer_that_is_real_is_linked_as_ever(linked):
         assert linked.told(OTHER)["transport"] != "loopback"
         assert linked.link(address, OTHER) is ALREADY_LINK
         pull_each_kind(linked, peer, OTHER, linked.one_sided)
+
+
+def test_groups_as_the_originals_tests_have_them(opened):
+    end = opened(listen=None)
+    table = '{"server_list":[{"device":[{}]}]}'
+    for comm_id, name in ((1, "link"), (2, "link2")):
+        assert end.engine.link(name, {OURS: 0, OTHER: 1}, table) == comm_id
+        assert end.engine.query_register_mem_status(comm_id) is RegisterMemStatus.OK
+    end.engine.unlink(1)
+    pull_each_kind(end, end, OTHER)
+    push_each_kind(end, end, OTHER)
+    end.engine.unlink(2)
+    cache_id = end.add("any", desc([1, 8]), 1)
+    raises(NOT_YET_LINK, end.manage, "pull_cache", CacheKeyByIdAndIndex(OTHER, cache_id), "any")
+    raises(NOT_YET_LINK, end.engine.unlink, 2)
 
 
 # --- pulls

@@ -26,9 +26,8 @@ func (e *Engine) standsFor(id uint64) bool { return e.loopback() && id != e.clus
 
 // announceLoopback says in the log that no bytes of other clusters will be seen.
 func (e *Engine) announceLoopback() {
-	if e.loopback() && e.parts.Event != nil {
-		e.parts.Event(link.Event{Level: link.Warning,
-			Text: "open.Fabric is loopback: links to other clusters lead back to this engine, which is meant for tests"})
+	if e.loopback() {
+		e.event(link.Warning, "open.Fabric is loopback: links to other clusters lead back to this engine, which is meant for tests", nil)
 	}
 }
 

@@ -102,6 +102,35 @@ func TestOneSidedLoopbackLooksAtTheFlagOfBothEnds(t *testing.T) {
 	})
 }
 
+func TestLoopbackGroupsAreOKAtOnce(t *testing.T) {
+	over(t, []way{overBack}, func(w *world) {
+		n, peer := w.node("n", 3, loopback), w.nobody(2)
+		table := `{"server_list":[{"device":[{}]}]}`
+		members := []GroupMember{{Cluster: 3, Rank: 0}, {Cluster: 2, Rank: 1}}
+		for want := range uint64(2) {
+			comm, err := n.GroupLink("any", members, table)
+			require.NoError(w.t, err)
+			require.Equal(w.t, want+1, comm)
+			state, err := n.GroupStatus(comm)
+			require.NoError(w.t, err)
+			require.Equal(w.t, GroupOK, state)
+		}
+		require.Equal(w.t, 1, n.LiveLinks())
+		src := n.allocate(rows(2, 1, 100), two[0]).fill(1)
+		dst := n.register(rows(2, 1, 100))
+		require.NoError(w.t, n.GroupUnlink(w.t.Context(), 1))
+		require.NoError(w.t, n.pull(peer, normal(7), dst, all()), "the other group has the link still")
+		dst.requireContent(src.content())
+		require.NoError(w.t, n.GroupUnlink(w.t.Context(), 2))
+		requireCode(w.t, status.NotYetLink, n.pull(peer, byID(src, 0), dst, all()))
+
+		_, err := n.GroupLink("any", members[1:], table)
+		requireCode(w.t, status.ParamInvalid, err)
+		_, err = n.GroupLink("any", members, "no table")
+		requireCode(w.t, status.LinkFailed, err)
+	})
+}
+
 func TestLoopbackPushes(t *testing.T) {
 	for name, change := range map[string][]func(*Options){"two-sided": nil, "one-sided": {oneSided}} {
 		t.Run(name, func(t *testing.T) {

@@ -56,9 +56,6 @@ func (m *Manager) installBack(l *Link) (*Link, error) {
 	case r.link != nil && !r.link.isGone():
 		return r.link, nil
 	}
-	m.serial++
-	l.serial = m.serial
-	r.link, r.ended = l, ""
-	m.tasks.Add(1) // for the goroutine of l.start
+	m.enlist(r, l)
 	return nil, nil
 }
