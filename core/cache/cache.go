@@ -10,6 +10,7 @@
 package cache
 
 import (
+	"context"
 	"fmt"
 	"math"
 	"math/bits"
@@ -124,6 +125,8 @@ type Entry struct {
 	Accessible bool // reachable by peers in one-sided mode
 
 	holds       holds
+	life        context.Context // ends when the entry is revoked: for those who write its memory on a peer's behalf
+	end         context.CancelFunc
 	wraps       bool             // a tensor runs beyond the address space
 	extents     []extent         // owned: the pages under Addrs, sorted and joined
 	keys        map[Key]*binding // guarded by Table.mu: keys in the index that lead here

@@ -201,6 +201,7 @@ func (t *Table) draw(desc Desc) (*Entry, error) {
 		return nil, err
 	}
 	t.generation++
+	life, end := context.WithCancel(context.Background())
 	return &Entry{
 		ID:         t.lastID,
 		Generation: t.generation,
@@ -208,6 +209,8 @@ func (t *Table) draw(desc Desc) (*Entry, error) {
 		Placement:  desc.Placement,
 		SeqLenDim:  desc.SeqLenDim,
 		holds:      holds{idle: make(chan struct{})},
+		life:       life,
+		end:        end,
 		keys:       map[Key]*binding{},
 		normalAt:   map[uint64]Key{},
 		slot:       -1,
@@ -302,13 +305,21 @@ func (t *Table) withdraw(e *Entry, marks uint64) []*Entry {
 	t.retiring[e] = struct{}{}
 	before := e.holds.set(marks)
 	t.conceal(e)
-	if marks&revoked != 0 && before&busyMask == 0 {
-		close(e.holds.idle)
+	if marks&revoked != 0 {
+		e.revoke(before)
 	}
 	if before&heldMask == 0 {
 		return []*Entry{e}
 	}
 	return nil
+}
+
+// revoke tells those who hold an entry, as before says, that it is gone for good. Once for each entry.
+func (e *Entry) revoke(before uint64) {
+	e.end()
+	if before&busyMask == 0 {
+		close(e.holds.idle)
+	}
 }
 
 // finish gives the memory of entries back that are withdrawn and that nobody holds; each entry comes here once. Called without mu.
@@ -485,8 +496,8 @@ func (t *Table) Close() error {
 		t.publisher = nil
 	}
 	for e := range t.retiring { // what leases still keep
-		if before := e.holds.set(revoked); before&revoked == 0 && before&busyMask == 0 {
-			close(e.holds.idle)
+		if before := e.holds.set(revoked); before&revoked == 0 {
+			e.revoke(before)
 		}
 	}
 	var freed []*Entry

@@ -3,6 +3,8 @@
 package cache
 
 import (
+	"context"
+
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
@@ -101,6 +103,24 @@ func (held Uses) Backing() (mem.Backing, error) {
 	}
 	return careful, nil
 }
+
+// Within returns a context that ends with ctx, and as soon as one of the caches is unregistered, whose owner is not to wait for as long
+// as a peer may take. The caller calls what comes with it.
+func (held Uses) Within(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watches []func() bool
+	for _, use := range held {
+		watches = append(watches, context.AfterFunc(use.entry.life, func() { cancel(errWithdrawn) }))
+	}
+	return ctx, func() {
+		for _, stop := range watches {
+			stop()
+		}
+		cancel(nil)
+	}
+}
+
+var errWithdrawn = status.New(status.CacheNotExist, status.StageTransfer, "the cache was withdrawn during the transfer")
 
 // Release ends all holds. Releasing twice is fine.
 func (held Uses) Release() {

@@ -31,7 +31,7 @@ type PushCall struct {
 
 // Push copies a local cache into a peer's, which pulls it. Its deadline is that of ctx; the caller sets it from llm.SyncKvCacheWaitTime.
 // The checks are those of spec §8.9. When it has returned, the peer has confirmed that nothing of it is in flight, but where it is
-// Timeout with the cause "receiver has not confirmed".
+// Timeout with the cause "receiver has not confirmed". Unregistering the source ends it.
 func (e *Engine) Push(ctx context.Context, call *PushCall) error {
 	if ctx.Err() != nil {
 		return status.From(transport.Ended(ctx), status.StageTransfer).At(call.Cluster, "")
@@ -53,6 +53,8 @@ func (e *Engine) Push(ctx context.Context, call *PushCall) error {
 	}
 	source := use.Entry()
 	call.Plan.OneSided = e.options.OneSided
+	ctx, done := cache.Uses{&use}.Within(ctx)
+	defer done()
 	return explained(l, call.Cluster, l.Session().Push(ctx, &transport.Push{
 		Key: call.Key, Addrs: call.Addrs, Source: source.ID, Generation: source.Generation, Shape: source.Shape, Plan: call.Plan,
 		BlockBytes: call.BlockBytes,
@@ -81,7 +83,7 @@ func (e *Engine) checkPush(call *PushCall, source *cache.Entry) error {
 }
 
 // Receive implements transport.Receiver: it pulls what the peer of this link pushes. The destination is held until nothing of the pull
-// is in flight.
+// is in flight, which unregistering it brings about.
 func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	select {
 	case <-o.attached:
@@ -111,6 +113,8 @@ func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	if err := plan.CheckLocal(&req.Plan, to.shape); err != nil {
 		return err
 	}
+	ctx, done := to.Within(ctx)
+	defer done()
 	return o.session.Pull(ctx, &req, transport.Local{Addrs: to.addrs, Backing: backing})
 }
 

@@ -133,8 +133,10 @@ func NewDirect(cfg DirectConfig) *Direct {
 
 // Pull implements Session.
 func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
-	if err := AwaitConfirmed(ctx, d.cfg.Control, req.Key.Kind); err != nil {
-		return err
+	if !req.Theirs() {
+		if err := AwaitConfirmed(ctx, d.cfg.Control); err != nil {
+			return err
+		}
 	}
 	deadline, _ := ctx.Deadline()
 	p, err := d.begin(deadline, req, local)
@@ -147,12 +149,8 @@ func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
 // Push implements Session: the peer reads our memory, or has us stream it.
 func (d *Direct) Push(ctx context.Context, push *Push) error { return d.cfg.Control.Push(ctx, push) }
 
-// AwaitConfirmed waits, before an operation of ours begins, until the peer has answered earlier pushes. A pull that serves a push of the
-// peer's is the peer's operation and waits for nothing.
-func AwaitConfirmed(ctx context.Context, c interface{ Unconfirmed() <-chan struct{} }, kind KeyKind) error {
-	if kind == KeyPushed {
-		return nil
-	}
+// AwaitConfirmed waits, before an operation of ours begins, until the peer has answered the pushes that have ended without.
+func AwaitConfirmed(ctx context.Context, c interface{ Unconfirmed() <-chan struct{} }) error {
 	for waiting := c.Unconfirmed(); waiting != nil; waiting = c.Unconfirmed() {
 		select {
 		case <-waiting:
@@ -369,7 +367,7 @@ func (d *Direct) resolve(ctx context.Context, req *Request) (found, error) {
 
 // pushed finds what the peer pushes without asking the peer: its push has said which generation that is.
 func (d *Direct) pushed(req *Request) (found, bool) {
-	if req.Key.Kind != KeyPushed {
+	if !req.Theirs() {
 		return found{}, false
 	}
 	place, ok := d.cfg.Directory.Lookup(req.Key.ID)
@@ -473,7 +471,7 @@ const blocksID = math.MaxUint64
 func keyOf(req *Request) (knownKey, directory.Name, bool) {
 	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0, exact: req.Plan.Exact}
 	switch {
-	case req.Key.Kind == KeyCache && req.Key.CacheID > 0, req.Key.Kind == KeyPushed:
+	case req.Key.Kind == KeyCache && req.Key.CacheID > 0, req.Theirs():
 		return k, directory.Name{}, true
 	case req.Key.Kind == KeyNormal && req.Key.ID == blocksID:
 		return k, directory.Name{ByKey: true, Model: req.Key.Model}, true

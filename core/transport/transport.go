@@ -43,6 +43,9 @@ type Request struct {
 	Local plan.Shape
 }
 
+// Theirs says that the pull serves a push of the peer's. It is the peer's operation and waits for none of ours.
+func (r *Request) Theirs() bool { return r.Key.Kind == KeyPushed }
+
 // Local is the initiator's memory: one base address a tensor of Request.Local. The caller holds it for the whole call.
 type Local struct {
 	Addrs   []uintptr

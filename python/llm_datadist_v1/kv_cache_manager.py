@@ -33,13 +33,18 @@ from llm_datadist.v2.llm_types import (
     CacheKey,
     CacheKeyByIdAndIndex,
     KvCache,
+    LayerSynchronizer,
     Placement,
+    TransferConfig,
 )
 from llm_datadist.v2.llm_utils import is_valid_id
+from llm_datadist.v2.transfer import transfer_cache_async
 
 from .configs import LLMRole
 from .engine import Engine, older_codes
-from .tensor import Tensor, TensorDesc
+from .llm_types import CacheTask
+from .llm_utils import build_npu_tensors
+from .tensor import Tensor
 from .utils.utils import check_dict
 
 __all__ = ["KvCacheManager"]
@@ -291,6 +296,49 @@ class KvCacheManager:
         raise_if_false(len(addrs[0]) == len(addrs[1]), "the caches have {} and {} addresses", *map(len, addrs))
         self._native.swap_blocks(addrs[1], addrs[0], block_bytes, pairs)
 
+    def transfer_cache_async(
+        self,
+        src_cache: KvCache,
+        layer_synchronizer: LayerSynchronizer,
+        transfer_configs: Sequence[TransferConfig],
+        src_block_indices: Sequence[int] | None = None,
+        dst_block_indices: Sequence[int] | None = None,
+        dst_block_memory_size: int | None = None,
+    ) -> CacheTask:
+        """Push a cache layer by layer (two tensors each) in the background, each when the synchronizer says that it is there.
+
+        As CacheManager.transfer_cache_async, with TransferConfig only and without indices for a contiguous cache. The
+        addresses have to lie in caches that the receiver has allocated. PROMPT only; LLM_FEATURE_NOT_ENABLED with several
+        devices. The task's code of a timeout is LLM_WAIT_PROCESS_TIMEOUT.
+        """
+        raise_if_false(self._role == LLMRole.PROMPT, "only a PROMPT transfers")
+        check_isinstance("src_cache", src_cache, KvCache, allow_none=False)
+        _check_device("src_cache", src_cache)
+        raise_if_true(
+            self._llm_engine.devices > 1,
+            "transfer_cache_async needs one device, there are {}",
+            self._llm_engine.devices,
+            status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        )
+        raise_if_true(
+            dst_block_indices is not None and not src_cache._is_blocks_cache,
+            "dst_block_indices should be None for a contiguous cache",
+        )
+        self._drain()
+        task = transfer_cache_async(
+            self._native,
+            src_cache,
+            layer_synchronizer,
+            transfer_configs,
+            src_block_indices,
+            dst_block_indices,
+            dst_block_memory_size,
+            config_class=TransferConfig,
+            task_class=CacheTask,
+        )
+        assert isinstance(task, CacheTask)
+        return task
+
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> list[Tensor]:
         """Return a tensor of a cache, once for each device: a look at the cache's memory, which lasts as long as the cache."""
         check_isinstance("cache", cache, KvCache, allow_none=False)
@@ -302,8 +350,8 @@ class KvCacheManager:
             desc.num_tensors,
             tensor_index,
         )
-        described = TensorDesc(desc.data_type, desc.shape)
-        return [Tensor(addrs[tensor_index], described) for addrs in cache.per_device_tensor_addrs]
+        devices = range(len(cache.per_device_tensor_addrs))
+        return [build_npu_tensors(cache, device)[tensor_index] for device in devices]
 
     @staticmethod
     def check_cache_key(cache_key: CacheKey) -> None:

@@ -190,6 +190,7 @@ type owner struct {
 	mu      sync.Mutex
 	caches  map[uint64]*offer
 	sources []*source
+	receive func(ctx context.Context, push *transport.Push) error // nil: nothing comes
 }
 
 // offer is how a cache is offered.
@@ -253,6 +254,23 @@ func (o *owner) Open(req *transport.Request) (transport.Source, error) {
 	s := &source{offer: f, ended: make(chan struct{})}
 	o.sources = append(o.sources, s)
 	return s, nil
+}
+
+// takes says what becomes of the peer's pushes.
+func (o *owner) takes(receive func(ctx context.Context, push *transport.Push) error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.receive = receive
+}
+
+func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
+	o.mu.Lock()
+	receive := o.receive
+	o.mu.Unlock()
+	if receive == nil {
+		return status.New(status.ParamInvalid, status.StageCheck, "nothing is expected")
+	}
+	return receive(ctx, push)
 }
 
 func (s *source) Shape() plan.Shape  { return s.offer.shape }
@@ -391,13 +409,16 @@ var errClosed = status.New(status.NotYetLink, status.StageClose, "the test is ov
 
 func newSession(t testing.TB, conns []transport.Conn, o *owner) (*Session, chan error) {
 	broken := make(chan error, 10)
-	s, err := NewSession(Config{Conns: conns, Owner: o, Spin: -1, Broken: func(cause error) { broken <- cause }})
+	s, err := NewSession(Config{Conns: conns, Owner: o, Receiver: o, Spin: -1, Broken: func(cause error) { broken <- cause }})
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		s.Close(errClosed)
 		require.LessOrEqual(t, len(broken), 1, "Broken was called more than once")
 		require.Empty(t, s.serves)
 		require.Empty(t, s.sending)
+		require.Empty(t, s.pushes)
+		require.Empty(t, s.receipts)
+		require.Nil(t, s.Unconfirmed())
 		require.Zero(t, s.segments)
 	})
 	return s, broken
@@ -500,6 +521,12 @@ func (p *rawPeer) request(id uint64, flags uint8, deadline time.Duration, req *t
 	body := make([]byte, requestBytes(req))
 	putRequest(body, req)
 	p.send(header{kind: kindRequest, flags: flags, operation: id, a: deadlineMillis(deadline)}, body)
+}
+
+func (p *rawPeer) push(id uint64, deadline time.Duration, what *transport.Push) {
+	body := make([]byte, pushBodyBytes(what))
+	putPush(body, what)
+	p.send(header{kind: kindPush, operation: id, a: deadlineMillis(deadline)}, body)
 }
 
 func (p *rawPeer) entry(id uint64, req *transport.Request, src plan.Shape, consumes bool) {

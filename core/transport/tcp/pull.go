@@ -155,8 +155,10 @@ func (p *pull) endLocked(err error) {
 
 // Pull copies what req names into local. See transport.Session.
 func (s *Session) Pull(ctx context.Context, req *transport.Request, local transport.Local) error {
-	if err := transport.AwaitConfirmed(ctx, s, req.Key.Kind); err != nil {
-		return err
+	if !req.Theirs() {
+		if err := transport.AwaitConfirmed(ctx, s); err != nil {
+			return err
+		}
 	}
 	if ctx.Err() != nil {
 		return transport.Ended(ctx)

@@ -33,7 +33,7 @@ const confirmWithin = time.Second
 
 // Push implements transport.Session.
 func (s *Session) Push(ctx context.Context, what *transport.Push) error {
-	if err := transport.AwaitConfirmed(ctx, s, what.Key.Kind); err != nil {
+	if err := transport.AwaitConfirmed(ctx, s); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
