@@ -285,6 +285,8 @@ def test_link_needs_an_engine_in_cache_manager_mode():
     try:
         with pytest.raises(LLMException):
             engine.link(None, None, None)
+        refused(engine.unlink, 1)
+        refused(engine.query_register_mem_status, 1)
     finally:
         engine.finalize()
 

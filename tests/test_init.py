@@ -24,6 +24,7 @@ MANAGED = {"llm.EnableCacheManager": "1"}
 COMM_RES = {"llm.LocalCommRes": ""}
 HIXL = {"llm.TransferBackend": "hixl"}
 LISTEN = {"llm.listenIpInfo": ADDRESS}
+OLDER = {"ge.exec.deviceId": "0", **LISTEN}
 ONE_SIDED = {"llm.EnableRemoteCacheAccessible": "1"}
 
 
@@ -164,7 +165,7 @@ def test_any_role_has_a_cache_manager(role):
 @pytest.mark.parity("engine.cache_manager", "engine.kv_cache_manager")
 @pytest.mark.parametrize("given", [{}, {"llm.EnableCacheManager": "0"}, {"llm.EnableCacheManager": "true"}])
 def test_without_cache_manager_mode_there_is_the_older_manager(given):
-    engine = engine_with(given)
+    engine = engine_with({**OLDER, **given})
     assert engine.kv_cache_manager.is_initialized()
     assert engine.kv_cache_manager is engine.kv_cache_manager
     with pytest.raises(LLMException) as failure:
@@ -591,7 +592,7 @@ def test_finalize_marks_the_managers():
     manager = engine.cache_manager
     engine.finalize()
     assert not manager._initialized
-    engine = engine_with({})
+    engine = engine_with(OLDER)
     manager = engine.kv_cache_manager
     engine.finalize()
     assert not manager.is_initialized()
