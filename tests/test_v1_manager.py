@@ -144,6 +144,7 @@ def fill(cache, number):
 # --- between two processes
 
 
+@pytest.mark.parity("kv_manager.owning", "kv_manager.pulls")
 def test_the_documented_example(prompt):
     process, address = prompt
     described = CacheDesc(4, [4, 256], DataType.DT_FLOAT16)
@@ -162,6 +163,7 @@ def test_the_documented_example(prompt):
     assert not decoder._is_initialized
 
 
+@pytest.mark.parity("kv_manager.pulls")
 def test_a_pull_releases_its_key_and_a_prefix_key_stays(prompt, decoder):
     process, address = prompt
     prefix = CacheKey(PROMPT, req_id=U64MAX, prefix_id=7)
@@ -179,6 +181,7 @@ def test_a_pull_releases_its_key_and_a_prefix_key_stays(prompt, decoder):
     assert np.array_equal(content(cache)[8:], pattern(2, 0, 16)[8:])
 
 
+@pytest.mark.parity("kv_manager.pulls")
 @pytest.mark.parametrize(("seq_len_dim", "moved"), [(-1, 8), (0, 8), (1, 5)])
 def test_a_pull_by_key_moves_the_whole_row_unless_the_sequence_is_behind_the_batch(prompt, decoder, seq_len_dim, moved):
     process, address = prompt
@@ -207,6 +210,7 @@ def test_a_whole_row_that_does_not_fit_moves_nothing(prompt, decoder):
     assert np.array_equal(content(cache), pattern(50, 0, 6))
 
 
+@pytest.mark.parity("kv_manager.pulls")
 def test_offsets_move_what_they_say_and_release_nothing(prompt, decoder):
     process, address = prompt
     process.run(OFFER, described=desc([2, 16], 3), keys=[PLACEHOLDER, KEY], number=1)
@@ -271,6 +275,7 @@ def test_keys_of_one_allocation_are_looked_at_together(prompt, decoder):
     assert np.array_equal(content(cache), pattern(2, 0, 16)[:8])
 
 
+@pytest.mark.parity("kv_manager.owning", "kv_manager.pulls")
 def test_blocks_are_pulled_by_key_and_by_id(prompt, decoder):
     process, address = prompt
     cache_id = process.run(OFFER_BLOCKS, described=desc([6, 4], 2), key=BlocksCacheKey(PROMPT, 3), number=1)
@@ -354,6 +359,7 @@ def test_a_deadline_is_the_older_code(prompt, decoder):
     assert np.array_equal(content(cache), pattern(1, 0, 8))
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_a_removed_key_can_not_be_pulled(prompt, decoder):
     process, address = prompt
     process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
@@ -380,6 +386,7 @@ def test_a_cache_that_goes_out_of_scope_answers_until_its_key_is_released(prompt
 # --- roles and arguments
 
 
+@pytest.mark.parity("kv_manager.owning")
 @pytest.mark.parametrize("role", [LLMRole.DECODER, LLMRole.MIX])
 def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
     manager = solo(role)
@@ -389,6 +396,7 @@ def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
     assert manager.allocate_cache(desc([1, 8])).per_device_tensor_addrs
 
 
+@pytest.mark.parity("kv_manager.pulls")
 @pytest.mark.parametrize("role", [LLMRole.PROMPT, LLMRole.MIX])
 def test_only_a_decoder_pulls(solo, role):
     manager = solo(role)
@@ -476,6 +484,7 @@ def test_check_cache_key(manager):
 # --- memory
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_the_budget_is_what_the_options_say(solo):
     manager = solo(LLMRole.PROMPT, budget=BUDGET, mem_utilization=0.5)
     caches = [manager.allocate_cache(desc([1, 1 << 16])) for _ in range(8)]
@@ -495,6 +504,7 @@ def test_the_default_budget_is_there():
     assert not manager.is_initialized()
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_a_deallocated_cache_is_empty_and_unknown(solo):
     manager = solo(LLMRole.PROMPT)
     cache = manager.allocate_cache(desc([1, 8], 3))
