@@ -13,8 +13,10 @@ import pytest
 
 import living_host
 from kinds import pull_each_kind, push_each_kind
-from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, _native
+from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, RegisterMemStatus, _native
 from peers import Background, End, Peer, desc, options, pattern, wait_until
+from test_groups import become, join
+from test_links import refused_address
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 FAILED = LLMStatusCode.LLM_FAILED
@@ -122,6 +124,17 @@ def test_engines_of_one_process_and_a_peer_in_another(transport, opened):
             assert peer.told(end.id)["transport"] == transport
         local[0].close()
         pull_each_kind(local[1], peer, 9)
+
+
+def test_a_group_of_engines_of_one_process(opened):
+    held, address = refused_address()
+    held.close()
+    ends = [opened(cluster_id, listen=None, rendezvous_port=int(address.split(":")[1])) for cluster_id in (1, 2, 3)]
+    comm_ids = [join(end, 1, 2, 3) for end in ends]
+    for end, comm_id in zip(ends, comm_ids):
+        become(end, comm_id, RegisterMemStatus.OK)
+    for local, owner in pairs(ends):
+        pull_each_kind(local, owner, owner.id)
 
 
 def test_threads_of_several_engines(three):

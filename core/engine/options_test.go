@@ -35,6 +35,7 @@ func TestDefaultsOfOptions(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, Options{
 		CacheManager: true, SyncTimeout: time.Second, CopyThreads: min(4, runtime.NumCPU()), TCPConnections: 2, PeerDead: 5 * time.Second,
+		LinkTotal: 2 * time.Minute, LinkTries: 1,
 	}, o)
 	o, err = ParseOptions(nil, func(string) (string, bool) { return "", false })
 	require.NoError(t, err)
@@ -55,7 +56,12 @@ func TestOptionsAreRead(t *testing.T) {
 		{[]string{"llm.LocalCommRes", text}, func(o *Options) { o.LocalCommRes = &text }},
 		{[]string{"llm.MemPoolConfig", `{"memory_size": 4096, "page_shift": 10}`}, func(o *Options) { o.DevicePool = &cache.PoolConfig{Bytes: 4096, PageShift: 10} }},
 		{[]string{"llm.HostMemPoolConfig", `{"memory_size": 65536}`}, func(o *Options) { o.HostPool = &cache.PoolConfig{Bytes: 65536, PageShift: 16} }},
-		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "llm.LinkRetryCount", "100", "ge.exec.deviceId", "3"}, func(*Options) {}},
+		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "ge.exec.deviceId", "3"}, func(*Options) {}},
+		{[]string{"llm.LinkTotalTime", "4294967295", "llm.LinkRetryCount", "100"}, func(o *Options) {
+			o.LinkTotal, o.LinkTries = 4294967295*time.Second, 100
+		}},
+		{[]string{"open.RendezvousPort", "65535", "LLM_DATADIST_RENDEZVOUS_PORT", "1"}, func(o *Options) { o.RendezvousPort = 65535 }},
+		{[]string{"LLM_DATADIST_RENDEZVOUS_PORT", "1"}, func(o *Options) { o.RendezvousPort = 1 }},
 		{[]string{"llm.unknown", "x", "anything", ""}, func(*Options) {}},
 		{[]string{"open.Device", "host", "open.Transport", "tcp"}, func(o *Options) { o.Device, o.Transport = "host", "tcp" }},
 		{[]string{"open.Device", "auto", "open.Transport", "auto"}, func(o *Options) { o.Device, o.Transport = "auto", "auto" }},

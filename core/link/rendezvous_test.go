@@ -204,7 +204,9 @@ func answering(t *testing.T, answer []byte) string {
 
 func TestRosterThatIsNotTheGroupsIsRefused(t *testing.T) {
 	check(t)
-	with := func(body []byte) []byte { return appendFrame(ourPreamble(intentAnnounce).append(nil), frameRoster, body) }
+	with := func(body []byte) []byte {
+		return appendFrame(ourPreamble(intentAnnounce).append(nil), frameRoster, body)
+	}
 	member := newNode(t, 2)
 	for name, answer := range map[string][]byte{
 		"nonsense":    []byte("HTTP/1.1 400 Bad Request\r\n\r\n"),
