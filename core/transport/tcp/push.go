@@ -82,25 +82,31 @@ func (s *Session) endPush(ctx context.Context, p *pull) error {
 // leaveUnconfirmed has later operations wait for the answer. Where the session is ending it waits itself, and returns false.
 func (s *Session) leaveUnconfirmed(p *pull) bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cause != nil {
-		s.mu.Unlock()
-		<-p.left // whoever has ended the session ends all its operations now
-		s.mu.Lock()
-		return false
+	ending := s.cause != nil
+	if !ending {
+		s.awaitAnswer(p)
 	}
+	s.mu.Unlock()
+	if ending {
+		<-p.left // who has ended the session ends all its operations now
+	}
+	return !ending
+}
+
+// awaitAnswer waits for the answer to a push in its caller's place. The caller holds mu, and the session has not ended: it waits for this
+// goroutine as for its lanes'.
+func (s *Session) awaitAnswer(p *pull) {
 	c := s.unconfirmed.Load()
 	if c == nil {
 		c = &confirmation{all: make(chan struct{})}
 		s.unconfirmed.Store(c)
 	}
 	c.left++
-	s.workers.Go(func() { // the session has not ended, so its lanes' goroutines still count
+	s.workers.Go(func() {
 		<-p.left
 		s.forget(p, p.id)
 		s.confirmedLate(c)
 	})
-	return true
 }
 
 func (s *Session) confirmedLate(c *confirmation) {
