@@ -30,6 +30,7 @@ WAIT_MILLIS = 100  # the longest time in which a signal is not seen
 _RUNNING = 1
 _WORD_BYTES = 8
 _PULL_BYTES = 14 * _WORD_BYTES  # the parameters of PullStart
+_PUSH_BYTES = 14 * _WORD_BYTES  # the parameters of PushStart
 
 _numbers = itertools.count(1)  # of operations and engines: drawn here, so that one is known before its call starts
 _load_lock = threading.Lock()  # guards _extension and _fork_is_watched
@@ -396,6 +397,19 @@ class Engine:
         src = params + _PULL_BYTES
         dst = src + _WORD_BYTES * src_count
         call(operation, self._pull, self._handle, WAIT_MILLIS, params, src, src_count, dst, dst_count)
+
+    def push(self, operation: str, words: array[int], src_count: int, dst_count: int, addr_count: int) -> None:
+        """Push. words has the parameters that pyext.PushStart names, the local blocks, the peer's, and the peer's addresses."""
+        start = self._usable().pyext_PushStart
+        params = words.buffer_info()[0]
+        src = params + _PUSH_BYTES
+        dst = src + _WORD_BYTES * src_count
+        addrs = dst + _WORD_BYTES * dst_count
+        blocks = (src, src_count, dst, dst_count)
+        call(operation, start, self._handle, WAIT_MILLIS, params, *blocks, addrs, addr_count)
+
+    def memory_remap(self) -> None:
+        self._short("remap_registered_memory", self._usable().pyext_MemoryRemap(self._handle))
 
     def copy_cache(self, dst: int, src: int, dst_batch: int, src_batch: int, offset: int, size: int) -> None:
         start = self._usable().pyext_CopyCacheStart

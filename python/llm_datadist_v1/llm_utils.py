@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from llm_datadist.v2.llm_utils import (
     CacheDescParser,
+    TransferCacheJob,
+    TransferCacheParameters,
     calc_tensor_size,
     clone_cache_desc,
     is_invalid_id,
@@ -17,6 +19,8 @@ from llm_datadist.v2.llm_utils import (
 
 __all__ = [
     "CacheDescParser",
+    "TransferCacheJob",
+    "TransferCacheParameters",
     "calc_tensor_size",
     "clone_cache_desc",
     "is_invalid_id",
