@@ -96,6 +96,27 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+@pytest.fixture
+def lines() -> Iterator[list[tuple[str, str]]]:
+    """What the test writes to the log: level and text of each line."""
+    logger = log.get_logger()
+    handler, level = Lines(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler.lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def a_module_leaves_nothing() -> Iterator[None]:
     with nothing_left():
