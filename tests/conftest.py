@@ -18,6 +18,8 @@ from llm_datadist import LLMDataDist, _native
 from llm_datadist.utils import log
 from peers import wait_until
 
+pytest_plugins = ["parity"]
+
 # What the Go runtime opens once and keeps: its poller, and files that say how much of the machine it may use.
 RUNTIME = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/sys/fs/cgroup/")
 

@@ -97,6 +97,13 @@ def test_the_documented_attribute_has_only_an_engine_that_is_alone():
 # --- transfers
 
 
+@pytest.mark.parity(
+    "manager.pull_cache",
+    "manager.pull_blocks",
+    "manager.push_cache",
+    "manager.push_blocks",
+    "manager.transfer_cache_async",
+)
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
 def test_every_kind_of_transfer_between_each_two_of_three(transport, opened, one_sided):
     ends = linked([opened(cluster_id, one_sided=one_sided) for cluster_id in (1, 2, 3)], transport)

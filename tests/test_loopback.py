@@ -191,6 +191,7 @@ def test_a_push_to_the_id_0_goes_to_the_key_0(opened):
         assert np.array_equal(got, pattern(2, tensor, 64))
 
 
+@pytest.mark.parity("failure.not_linked")
 def test_a_layerwise_transfer_to_a_cluster_without_a_link(opened):
     end = opened(one_sided=True)
     cache_id = end.add("give", desc([1, 64], 2), 1)

@@ -184,7 +184,7 @@ func (e *Engine) unlinkCluster(ctx context.Context, c Cluster, force bool) error
 	if len(c.Remote) != 1 {
 		return e.refused(c, status.Newf(status.ParamInvalid, status.StageCheck, "remote_ip_info_list has %d entries, not 1", len(c.Remote)))
 	}
-	return c.named(e.links.Unlink(ctx, id, c.Remote[0], false))
+	return c.named(e.unlinkFailure(e.links.Unlink(ctx, id, c.Remote[0], false)))
 }
 
 // refused says what is wrong with a cluster's description, logs it and keeps it for Explain: link calls return codes, not exceptions.

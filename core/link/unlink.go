@@ -16,6 +16,9 @@ const (
 	farewellTheirs = "unlinked by the peer"
 )
 
+// ErrBusy is why a link could not be unlinked in time.
+var ErrBusy = errors.New("operations on the link did not end in time")
+
 // Unlink ends the link to the engine that reports id. Without force it asks the engine at address to drop its end first and waits for
 // operations under way; when that fails, with UnlinkFailed or Timeout, the link stays. With force it only drops our end. Where there is
 // no link, or a dead one, it succeeds.
@@ -66,7 +69,7 @@ func (m *Manager) unlinkBoth(ctx context.Context, id uint64, address string, l *
 	// Our own pulls end first: the peer only knows when it has sent the last byte of them, or nothing where we read its memory directly.
 	if l != nil && !l.waitIdle(ctx) {
 		m.setFarewell(l, "")
-		return explainAs(ctx, status.Timeout, status.StageClose, errors.New("operations on the link did not end in time"))
+		return explainAs(ctx, status.Timeout, status.StageClose, ErrBusy)
 	}
 	if l == nil || l.control != nil {
 		if err := m.askUnlink(ctx, id, address); err != nil {

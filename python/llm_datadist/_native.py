@@ -30,7 +30,7 @@ _ENVIRONMENT = "LLM_DATADIST_"  # how the engine's environment variables begin
 WAIT_MILLIS = 100  # the longest time in which a signal is not seen
 _RUNNING = 1
 _WORD_BYTES = 8
-_PULL_BYTES = 14 * _WORD_BYTES  # the parameters of PullStart
+_PULL_BYTES = 17 * _WORD_BYTES  # the parameters of PullStart
 _PUSH_BYTES = 14 * _WORD_BYTES  # the parameters of PushStart
 
 _numbers = itertools.count(1)  # of operations and engines: drawn here, so that one is known before its call starts
@@ -398,6 +398,16 @@ class Engine:
 
     def switch_role(self, address: str) -> None:
         self._short("switch_role", self._usable().pyext_SwitchRole(self._handle, address))
+
+    def links(self) -> list[dict[str, Any]]:
+        """Return the live links: dicts of cluster (the id that the peer reports) and address."""
+        text = self._usable().pyext_Links(self._handle)
+        found: list[dict[str, Any]] = json.loads(text) if text else []
+        return found
+
+    def check_link(self, cluster_id: int) -> None:
+        start = self._usable().pyext_LinkCheckStart
+        call("check_link_status", start, self._handle, WAIT_MILLIS, signed(cluster_id))
 
     def link_clusters(self, clusters: list[dict[str, Any]], timeout: int) -> list[LLMStatusCode]:
         native = self._usable(LLMStatusCode.LLM_FAILED)

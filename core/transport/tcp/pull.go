@@ -550,7 +550,7 @@ func (s *Session) entry(h header, body []byte) error {
 
 // build makes the same plan as the owner and compares.
 func (p *pull) build(e *entry) error {
-	p.req.Plan.SrcBatch = e.batch
+	p.req.Plan.SrcBatch, p.req.Plan.Whole = e.batch, e.whole
 	segments, err := plan.Build(&p.req.Plan, e.shape, p.req.Local, p.stream.segments)
 	if err != nil {
 		return err
