@@ -103,7 +103,7 @@ coverage: $(INSTALLED) ## the part of python/ and of core/ that tests reach, and
 	echo "reached by tests: $$python % of the lines of python/ ($(PYTHON_COVERAGE) wanted), $$core % of the statements of core/ ($(CORE_COVERAGE) wanted)"; \
 	awk "BEGIN { exit !($$python >= $(PYTHON_COVERAGE) && $$core >= $(CORE_COVERAGE)) }"
 
-surface: $(INSTALLED) ## the rows of the documented surface that do not hold, in the form of tests/surface_pending.txt
+surface: $(INSTALLED) ## the rows of the documented surface that do not hold
 	@cd tests && ../$(BIN)/python test_surface.py
 
 demo: $(INSTALLED) ## two processes, one transfer (DEMO_ARGS)
