@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -347,7 +348,8 @@ def test_resources_never_follow_a_link_that_somebody_left(tmp_path):
     try:
         EngineConfig.gen_cluster_info_if_not_exist(1, LLMRole.DECODER, {"ge.exec.deviceId": "987654"})
         assert victim.read_text() == "as it was"
-        assert json.loads(open(path).read())["cluster"][0]["cluster_nodes"][0]["item_list"] == [{"item_id": 987654}]
+        resources = json.loads(Path(path).read_text())
+        assert resources["cluster"][0]["cluster_nodes"][0]["item_list"] == [{"item_id": 987654}]
     finally:
         os.unlink(path)
 
