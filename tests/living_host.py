@@ -37,6 +37,8 @@ from llm_datadist import (
     LLMDataDist,
     LLMException,
     LLMRole,
+    MemInfo,
+    Memtype,
     _native,
 )
 from peers import End, cluster, desc, options, pattern, wait_until
@@ -504,6 +506,7 @@ def every_call(end: End) -> dict[str, Callable[[], Any]]:
         "remove_cache_key": lambda: manager.remove_cache_key(CacheKey(PEER_ID, req_id=1)),
         "copy_cache": lambda: manager.copy_cache(small, small),
         "copy_blocks": lambda: manager.copy_blocks(big, {0: [1]}),
+        "remap_registered_memory": lambda: manager.remap_registered_memory(MemInfo(Memtype.MEM_TYPE_DEVICE, *address, 1)),
         "link_clusters": lambda: engine.link_clusters([cluster("127.0.0.1:1", 9)], 1000),
         "unlink_clusters": lambda: engine.unlink_clusters([cluster("127.0.0.1:1", 9)], 1000),
         "switch_role": lambda: engine.switch_role(LLMRole.DECODER),
@@ -639,7 +642,7 @@ def fork_during_load(end: End) -> tuple[Any, int]:
 
 def fork_with_locks_held(end: End) -> tuple[Any, int]:
     """Fork while another thread is inside close; finalize in the child all the same."""
-    with end.engine._llm_datadist._lock:
+    with _native._engines_lock:
         return finalize_in_child(end)
 
 

@@ -10,6 +10,7 @@
 package cache
 
 import (
+	"context"
 	"fmt"
 	"math"
 	"math/bits"
@@ -45,6 +46,7 @@ type Desc struct {
 	Dims         []int64
 	ElementBytes uint64
 	Placement    Placement
+	SeqLenDim    int32 // which dimension is the sequence; -1: not said
 }
 
 // maxRank is the largest number of dimensions of a tensor (spec §8.1).
@@ -117,11 +119,14 @@ type Entry struct {
 	Generation uint64
 	Shape      plan.Shape
 	Placement  Placement
+	SeqLenDim  int32
 	Addrs      []uintptr
 	Owned      bool // allocated from a pool
 	Accessible bool // reachable by peers in one-sided mode
 
 	holds       holds
+	life        context.Context // ends when the entry is revoked: for those who write its memory on a peer's behalf
+	end         context.CancelFunc
 	wraps       bool             // a tensor runs beyond the address space
 	extents     []extent         // owned: the pages under Addrs, sorted and joined
 	keys        map[Key]*binding // guarded by Table.mu: keys in the index that lead here

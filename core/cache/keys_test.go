@@ -212,6 +212,11 @@ func TestOpen(t *testing.T) {
 	require.NoError(t, err)
 
 	oneSided := func(l Lookup) Lookup { l.OneSided = true; return l }
+	exactly := func(id int64, batch uint64, step int64) Lookup {
+		l := byID(id, batch)
+		l.Generation = uint64(int64(table.live[id].Generation) + step)
+		return l
+	}
 	fallback := func(k Key, id int64, batch uint64) Lookup {
 		return Lookup{Key: k, ByID: true, CacheID: id, Batch: batch, OneSided: true}
 	}
@@ -245,6 +250,13 @@ func TestOpen(t *testing.T) {
 		{"unknown id", byID(99, 0), missing, 0, 0, false},
 		{"negative id is the blocks key of model 0", byID(-1, 0), 0, ownedBlocks, 0, false},
 		{"beyond the address space", byID(wrapping.ID, 0), denied, 0, 0, false},
+		{"a generation, with a key bound", exactly(owned, 1, 0), 0, owned, 1, false},
+		{"a generation, row beyond", exactly(owned, 3, 0), missing, 0, 0, false},
+		{"a generation, blocks", exactly(ownedBlocks, 0, 0), 0, ownedBlocks, 0, false},
+		{"an earlier generation", exactly(mine, 0, -1), missing, 0, 0, false},
+		{"a later generation", exactly(mine, 0, 1), missing, 0, 0, false},
+		{"one-sided generation", oneSided(exactly(mine, 1, 0)), 0, mine, 1, false},
+		{"one-sided generation, not accessible", oneSided(exactly(hidden, 0, 0)), denied, 0, 0, false},
 
 		{"one-sided key, bound row, not consumed", oneSided(byKey(key(11))), 0, owned, 1, false},
 		{"one-sided id", oneSided(byID(owned, 1)), 0, owned, 1, false},

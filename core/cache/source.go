@@ -16,10 +16,12 @@ type Lookup struct {
 	ByID    bool  // by CacheID and Batch, where the mode allows that; see Open for ids that are none
 	CacheID int64 // with ByID
 	Batch   uint64
+	// Generation, with ByID, is the only one that will do: what the cache's owner pushes, which consumes nothing. 0: any.
+	Generation uint64
 	// OneSided is the mode of the link: nothing is consumed, and the cache has to be accessible.
 	OneSided bool
-	// BlocksToBlocks pulls never consume a key.
-	BlocksToBlocks bool
+	// BlocksToBlocks pulls never consume a key, nor do Exact ones.
+	BlocksToBlocks, Exact bool
 }
 
 // Source is a peer's pull, resolved. It ends with Done or Drop, whichever comes first. A source that consumes a key is a lease: the
@@ -54,8 +56,7 @@ func (t *Table) Open(l Lookup) (*Source, error) {
 		return nil, missing("cache %d has %d batch rows, not one at index %d", e.ID, e.batches(), s.batch)
 	}
 	if l.OneSided && !e.Accessible {
-		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "cache %d is not accessible to peers", e.ID).
-			Hinting("register it with remote_accessible=True")
+		return nil, inaccessible(e)
 	}
 	if e.wraps {
 		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "a tensor of cache %d runs beyond the address space", e.ID)
@@ -68,14 +69,21 @@ func (t *Table) Open(l Lookup) (*Source, error) {
 	return s, nil
 }
 
+func inaccessible(e *Entry) error {
+	return status.Newf(status.ParamInvalid, status.StageLookup, "cache %d is not accessible to peers", e.ID).
+		Hinting("register it with remote_accessible=True")
+}
+
 // resolve finds entry, batch and key. Called with mu held.
 func (t *Table) resolve(l Lookup, s *Source) error {
 	byID := l.ByID && (l.CacheID > 0 || l.CacheID == 0 && !l.OneSided)
 	if byID {
-		if s.entry = t.live[l.CacheID]; s.entry == nil {
+		if s.entry = t.live[l.CacheID]; s.entry == nil || l.Generation != 0 && s.entry.Generation != l.Generation {
 			return missing("no cache has the id %d", l.CacheID)
 		}
-		s.batch = l.Batch
+		if s.batch = l.Batch; l.Generation != 0 {
+			return nil
+		}
 		if key, bound := s.entry.normalAt[l.Batch]; bound {
 			s.key, s.binding = key, t.keys[key]
 		}
@@ -99,9 +107,9 @@ func (t *Table) resolve(l Lookup, s *Source) error {
 	return nil
 }
 
-// consumable says whether a success releases the key (spec §8.5.5).
+// consumable says whether a success releases the key (spec §8.5.5, §9.5).
 func (s *Source) consumable(l Lookup) bool {
-	return !l.OneSided && !l.BlocksToBlocks && s.entry.Owned && s.entry.Shape.Kind == plan.Contiguous && !s.key.Prefix
+	return !l.OneSided && !l.BlocksToBlocks && !l.Exact && s.entry.Owned && s.entry.Shape.Kind == plan.Contiguous && !s.key.Prefix
 }
 
 // Entry returns what was found. It may be withdrawn at any time.
@@ -184,11 +192,16 @@ func (t *Table) Hold(id int64, u *Use) error {
 	if e == nil {
 		return status.Newf(status.CacheNotExist, status.StageCheck, "no cache has the id %d", id)
 	}
+	t.hold(e, u)
+	return nil
+}
+
+// hold begins a hold on an entry that is live. Called with mu held.
+func (t *Table) hold(e *Entry, u *Use) {
 	e.holds.add(oneBusy)
 	t.uses.Add(1)
 	u.table, u.entry = t, e
 	u.ended.Store(false)
-	return nil
 }
 
 // Entry returns the cache, which stays usable until Release.

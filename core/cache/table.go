@@ -15,6 +15,9 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
 
+// ErrKeyInUse is why an allocation is refused whose key another cache has.
+var ErrKeyInUse = errors.New("the key is in use")
+
 // Table is the owner's table of caches: what peers and local calls can name. Its methods may be called from any goroutine. It has no
 // goroutine of its own: what a release has to clean up is done by the one who releases.
 type Table struct {
@@ -177,7 +180,7 @@ func (t *Table) checkAllocateKeys(e *Entry, keys []Key) error {
 			return invalid("key %+v is there twice", key)
 		}
 		if old := t.keys[key]; old != nil {
-			return invalid("key %+v is bound to cache %d", key, old.entry.ID)
+			return invalid("%w: %s leads to cache %d", ErrKeyInUse, key, old.entry.ID)
 		}
 		seen[key] = struct{}{}
 	}
@@ -198,12 +201,16 @@ func (t *Table) draw(desc Desc) (*Entry, error) {
 		return nil, err
 	}
 	t.generation++
+	life, end := context.WithCancel(context.Background())
 	return &Entry{
 		ID:         t.lastID,
 		Generation: t.generation,
 		Shape:      shape,
 		Placement:  desc.Placement,
+		SeqLenDim:  desc.SeqLenDim,
 		holds:      holds{idle: make(chan struct{})},
+		life:       life,
+		end:        end,
 		keys:       map[Key]*binding{},
 		normalAt:   map[uint64]Key{},
 		slot:       -1,
@@ -298,13 +305,21 @@ func (t *Table) withdraw(e *Entry, marks uint64) []*Entry {
 	t.retiring[e] = struct{}{}
 	before := e.holds.set(marks)
 	t.conceal(e)
-	if marks&revoked != 0 && before&busyMask == 0 {
-		close(e.holds.idle)
+	if marks&revoked != 0 {
+		e.revoke(before)
 	}
 	if before&heldMask == 0 {
 		return []*Entry{e}
 	}
 	return nil
+}
+
+// revoke tells those who hold an entry, as before says, that it is gone for good. Once for each entry.
+func (e *Entry) revoke(before uint64) {
+	e.end()
+	if before&busyMask == 0 {
+		close(e.holds.idle)
+	}
 }
 
 // finish gives the memory of entries back that are withdrawn and that nobody holds; each entry comes here once. Called without mu.
@@ -481,8 +496,8 @@ func (t *Table) Close() error {
 		t.publisher = nil
 	}
 	for e := range t.retiring { // what leases still keep
-		if before := e.holds.set(revoked); before&revoked == 0 && before&busyMask == 0 {
-			close(e.holds.idle)
+		if before := e.holds.set(revoked); before&revoked == 0 {
+			e.revoke(before)
 		}
 	}
 	var freed []*Entry

@@ -60,11 +60,21 @@ func (e *Engine) gift() (link.Gift, error) {
 
 // attach makes the session of a link over the best transport that works here. The data connections carry what it can't.
 func (e *Engine) attach(peer link.Peer, conns []transport.Conn) (link.Attached, error) {
+	o := &owner{Engine: e, attached: make(chan struct{})}
+	attached, err := e.attachBest(peer, conns, o)
+	if err == nil {
+		o.session = attached.Session
+		close(o.attached)
+	}
+	return attached, err
+}
+
+func (e *Engine) attachBest(peer link.Peer, conns []transport.Conn, o *owner) (link.Attached, error) {
 	if e.parts.Sessions != nil {
-		session, err := e.parts.Sessions(peer, conns, owner{e})
+		session, err := e.parts.Sessions(peer, conns, o)
 		return link.Attached{Session: session, Transport: nameTCP}, err
 	}
-	control, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: owner{e}, Spin: e.options.Spin, Broken: peer.Fail})
+	control, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: o, Receiver: o, Spin: e.options.Spin, Broken: peer.Fail})
 	if err != nil {
 		return link.Attached{}, err
 	}

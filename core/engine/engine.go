@@ -29,7 +29,7 @@ type Parts struct {
 	Device  mem.Device   // where DEVICE memory lives
 	Network link.Network // where connections come from
 	// Sessions makes the session of a link; nil: shm on one host, else tcp.
-	Sessions func(peer link.Peer, conns []transport.Conn, owner transport.Owner) (transport.Session, error)
+	Sessions func(peer link.Peer, conns []transport.Conn, server transport.Server) (transport.Session, error)
 	// Event takes lines for the log; it must not block. nil: nobody listens.
 	Event func(link.Event)
 }
@@ -62,6 +62,7 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
 		return nil, err
 	}
+	e.announceLoopback()
 	incarnation := newIncarnation()
 	if err := e.openShare(incarnation); err != nil {
 		return nil, errors.Join(err, e.table.Close())
@@ -86,7 +87,7 @@ func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
 		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
-		Gift: e.gift, Attach: e.attach, Event: e.parts.Event,
+		Gift: e.gift, Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
 	}
 }
 
@@ -170,13 +171,18 @@ func (e *Engine) Register(desc cache.Desc, addrs []uintptr, keys []cache.Key, ac
 func (e *Engine) Allocate(desc cache.Desc, keys []cache.Key) (int64, []uintptr, error) {
 	entry, err := e.table.Allocate(desc, keys)
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, e.allocateFailure(err)
 	}
 	return entry.ID, entry.Addrs, nil
 }
 
-// Deallocate gives up the owner's hold on an allocated cache. Unknown and registered ids are fine.
-func (e *Engine) Deallocate(id int64, blocks bool) error { return e.table.Deallocate(id, blocks) }
+// Deallocate gives up the owner's hold on an allocated cache. Unknown and registered ids are fine, outside v1 mode.
+func (e *Engine) Deallocate(id int64, blocks bool) error {
+	if !e.options.CacheManager {
+		return e.deallocateOlder(id)
+	}
+	return e.table.Deallocate(id, blocks)
+}
 
 // RemoveKey unbinds a key. An unknown one is fine.
 func (e *Engine) RemoveKey(key cache.Key) error { return e.table.RemoveKey(key) }
@@ -210,35 +216,56 @@ func (e *Engine) linkTo(id uint64) (*link.Link, error) {
 	}
 	l, err := e.links.Link(e.reported(id))
 	if err == nil && l.Session() == nil {
-		err = status.New(status.ParamInvalid, status.StageCheck, "the link leads to this engine itself, which is no source of a pull")
+		err = status.New(status.ParamInvalid, status.StageCheck, "the link leads to this engine itself, which is no peer of a transfer")
 	}
 	return l, err
 }
 
-// owner answers the requests of peers from the engine's table.
-type owner struct{ *Engine }
+// owner answers the requests of one link's peer from the engine's table, and takes its pushes.
+type owner struct {
+	*Engine
+	attached chan struct{}     // closed when the session is known
+	session  transport.Session // of the same link: what an old link's peer pushes never comes over a new one
+}
 
 // Open implements transport.Owner.
-func (o owner) Open(req *transport.Request) (transport.Source, error) {
-	lookup := cache.Lookup{OneSided: o.options.OneSided, BlocksToBlocks: len(req.Plan.SrcBlocks) > 0}
-	switch req.Key.Kind {
-	case transport.KeyCache:
-		lookup.ByID, lookup.CacheID, lookup.Batch = true, req.Key.CacheID, req.Key.Batch
-		lookup.Key = cache.Key{ID: cache.NoID} // what an id that names no cache means in one-sided mode (spec §8.6)
-	case transport.KeyNormal, transport.KeyPrefix:
-		lookup.Key = cache.Key{ID: req.Key.ID, Model: req.Key.Model, Prefix: req.Key.Kind == transport.KeyPrefix}
-	default:
-		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "a key of kind %d", req.Key.Kind)
+func (o *owner) Open(req *transport.Request) (transport.Source, error) {
+	lookup, err := lookupOf(req.Key)
+	if err != nil {
+		return nil, err
 	}
+	lookup.OneSided, lookup.BlocksToBlocks, lookup.Exact = o.options.OneSided, len(req.Plan.SrcBlocks) > 0, req.Plan.Exact
 	source, err := o.table.Open(lookup)
 	if err != nil {
 		return nil, err
 	}
-	return held{source}, nil
+	return held{source, o.movesWhole(req, source.Entry())}, nil
+}
+
+// lookupOf translates how a peer names a cache.
+func lookupOf(key transport.Key) (cache.Lookup, error) {
+	switch key.Kind {
+	case transport.KeyCache:
+		// The key is what an id that names no cache means in one-sided mode (spec §8.6).
+		return cache.Lookup{ByID: true, CacheID: key.CacheID, Batch: key.Batch, Key: cache.Key{ID: cache.NoID}}, nil
+	case transport.KeyPushed:
+		if key.CacheID > 0 && key.ID > 0 {
+			return cache.Lookup{ByID: true, CacheID: key.CacheID, Generation: key.ID, Batch: key.Batch}, nil
+		}
+	case transport.KeyNormal, transport.KeyPrefix:
+		return cache.Lookup{Key: cache.Key{ID: key.ID, Model: key.Model, Prefix: key.Kind == transport.KeyPrefix}}, nil
+	}
+	return cache.Lookup{}, status.Newf(status.ParamInvalid, status.StageLookup, "a key of kind %d", key.Kind)
 }
 
 // held shows a source of the table to a transport.
-type held struct{ *cache.Source }
+type held struct {
+	*cache.Source
+	whole bool
+}
+
+// Whole implements transport.Source.
+func (h held) Whole() bool { return h.whole }
 
 // Shape implements transport.Source.
 func (h held) Shape() plan.Shape { return h.Entry().Shape }

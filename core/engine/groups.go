@@ -100,6 +100,15 @@ func (e *Engine) GroupLink(name string, members []GroupMember, table string) (ui
 	if err != nil {
 		return 0, err
 	}
+	id, err := e.begin(g)
+	if err == nil && e.loopback() {
+		<-g.done // no peer is waited for
+	}
+	return id, err
+}
+
+// begin enters a group and begins its preparation.
+func (e *Engine) begin(g *group) (uint64, error) {
 	s := &e.groups
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -339,6 +348,9 @@ func (e *Engine) event(level link.Level, text string, cause error) {
 
 // prepare links this member to every other one.
 func (g *group) prepare() error {
+	if g.e.loopback() {
+		return g.linkBack()
+	}
 	own, err := g.table.at(g.members[g.self].Rank)
 	if err != nil {
 		return err
@@ -365,6 +377,16 @@ func (g *group) prepare() error {
 	for _, failure := range failures {
 		if failure != nil {
 			return failure // one of several: those of dials are in the log as well
+		}
+	}
+	return nil
+}
+
+// linkBack is prepare where this engine stands for every other member.
+func (g *group) linkBack() error {
+	for _, m := range g.others() {
+		if err := g.e.linkBack(m.Cluster); err != nil && status.CodeOf(err) != status.AlreadyLink {
+			return err
 		}
 	}
 	return nil

@@ -28,6 +28,7 @@ import (
 const (
 	ownerVariable = "LLM_DATADIST_TEST_OWNER" // holds the transport
 	ownerCluster  = 1
+	pullerCluster = 2
 	ownerTensors  = 4
 	ownerBlocks   = 512
 	ownerBlock    = 16 << 10
@@ -98,6 +99,13 @@ func serveOwner(e *Engine) error {
 			if err == nil {
 				clear(mem.View(addrs[0], ownerBlocks*ownerBlock))
 			}
+		case "push": // to who has linked
+			err = pushOwned(e, id)
+		case "pushing": // the same for as long as it works
+			go func() {
+				for pushOwned(e, id) == nil {
+				}
+			}()
 		}
 		if err != nil {
 			return err
@@ -105,6 +113,16 @@ func serveOwner(e *Engine) error {
 		fmt.Println("done")
 	}
 	return e.Close()
+}
+
+// pushOwned pushes a whole cache of blocks to the first cache of a puller.
+func pushOwned(e *Engine, id int64) error {
+	ctx, cancel := within(patient)
+	defer cancel()
+	return e.Push(ctx, &PushCall{
+		Cluster: pullerCluster, Key: transport.Key{Kind: transport.KeyCache, CacheID: 1}, Cache: id, TensorsPerLayer: ownerTensors,
+		Plan: plan.Request{SrcTensors: everything, DstTensors: everything, SrcBlocks: allBlocks(), DstBlocks: allBlocks()},
+	})
 }
 
 // owning is an owner's process as the test sees it.
@@ -168,7 +186,7 @@ type pulling struct {
 }
 
 func (o *owning) puller(transport string, timeout time.Duration) *pulling {
-	e, err := New(2, Options{
+	e, err := New(pullerCluster, Options{
 		CacheManager: true, SyncTimeout: timeout, TCPConnections: 2, CopyThreads: 2, PeerDead: patient, Transport: transport,
 	}, Parts{Device: mem.Host(), Network: TCP()})
 	require.NoError(o.t, err)

@@ -112,17 +112,19 @@ func (p *Pulling) release() {
 	p.recycle()
 }
 
-// explained adds who the peer is; nil stays nil.
-func (p *Pulling) explained(err error) error {
+func (p *Pulling) explained(err error) error { return explained(p.link, p.cluster, err) }
+
+// explained adds who the peer of a transfer is; nil stays nil.
+func explained(l *link.Link, cluster uint64, err error) error {
 	if err == nil {
 		return nil
 	}
 	if status.CodeOf(err) == status.NotYetLink {
 		// The session has ended since the look-up. The link is to be dead when this call returns: a link_clusters that comes next
 		// must not find it alive.
-		p.link.Fail(errors.Unwrap(err))
+		l.Fail(errors.Unwrap(err))
 	}
-	return status.From(err, status.StageTransfer).At(p.cluster, p.link.Peer().Address)
+	return status.From(err, status.StageTransfer).At(cluster, l.Peer().Address)
 }
 
 // CheckPull makes the local checks of a pull and moves nothing.
@@ -138,7 +140,7 @@ func (e *Engine) CheckPull(call *PullCall) error {
 
 // destination holds the local cache of a pull in use, when the call fits it.
 func (e *Engine) destination(call *PullCall, use *cache.Use) error {
-	if call.Cluster == e.clusterID {
+	if e.isOwn(call.Cluster) {
 		return status.New(status.ParamInvalid, status.StageCheck, "the own cluster is no source of a pull").At(call.Cluster, "")
 	}
 	if err := e.table.Hold(call.Cache, use); err != nil {
@@ -155,18 +157,26 @@ func (e *Engine) checkDestination(use *cache.Use, call *PullCall) error {
 	entry := use.Entry()
 	ranged := !call.Plan.SrcTensors.All || !call.Plan.DstTensors.All
 	if ranged && (call.TensorsPerLayer == 0 || entry.Shape.Tensors%call.TensorsPerLayer != 0) {
-		return status.Newf(status.ParamInvalid, status.StageCheck, "the local cache's %d tensors are no multiple of tensor_num_per_layer %d",
-			entry.Shape.Tensors, call.TensorsPerLayer)
+		return unevenLayers(entry, call.TensorsPerLayer)
 	}
 	call.Plan.OneSided = e.options.OneSided
 	if err := plan.CheckLocal(&call.Plan, entry.Shape); err != nil {
 		return err
 	}
 	if e.options.OneSided && !entry.Accessible {
-		return status.Newf(status.ParamInvalid, status.StageCheck, "the local cache %d is not remote accessible", entry.ID).
-			Hinting("register it with remote_accessible=True")
+		return notAccessible(entry)
 	}
 	return nil
+}
+
+func unevenLayers(local *cache.Entry, perLayer uint32) error {
+	return status.Newf(status.ParamInvalid, status.StageCheck, "the local cache's %d tensors are no multiple of tensor_num_per_layer %d",
+		local.Shape.Tensors, perLayer)
+}
+
+func notAccessible(local *cache.Entry) error {
+	return status.Newf(status.ParamInvalid, status.StageCheck, "the local cache %d is not remote accessible", local.ID).
+		Hinting("register it with remote_accessible=True")
 }
 
 // Unregister takes a cache off the table and waits, until ctx ends, for this engine's own operations on its memory. Unknown ids are

@@ -93,6 +93,8 @@ type closeOnly struct {
 
 func (s *closeOnly) Pull(context.Context, *transport.Request, transport.Local) error { return nil }
 
+func (s *closeOnly) Push(context.Context, *transport.Push) error { return nil }
+
 func (s *closeOnly) Idle() <-chan struct{} {
 	idle := make(chan struct{})
 	close(idle)

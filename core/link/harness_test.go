@@ -102,6 +102,8 @@ func newFakeSession(p Peer, conns []transport.Conn) *fakeSession {
 
 func (s *fakeSession) Pull(context.Context, *transport.Request, transport.Local) error { return nil }
 
+func (s *fakeSession) Push(context.Context, *transport.Push) error { return nil }
+
 func (s *fakeSession) Close(cause error) {
 	for _, c := range s.conns {
 		c.Shutdown()

@@ -22,6 +22,7 @@ type Resolved struct {
 	Generation uint64
 	Shape      plan.Shape
 	Batch      uint64 // the batch row
+	Whole      bool   // all of that row moves, whatever the request says
 	// Lease holds the memory where the pull consumes its key; nil otherwise: then nothing is held, and nothing has to be ended.
 	Lease Lease
 }
@@ -37,9 +38,13 @@ type Lease interface {
 
 // Control is what a direct transport asks its peer over, and what serves the peer. A tcp session is one.
 type Control interface {
-	// Resolve asks the owner what req means. Plan.SrcBatch is not filled in.
+	// Resolve asks the owner what req means. Plan.SrcBatch and Plan.Whole are not filled in.
 	Resolve(ctx context.Context, req *Request) (Resolved, error)
-	// Close and Idle are those of Session.
+	// Unconfirmed returns a channel that is closed when the peer has answered the pushes of ours that have ended without; nil where there
+	// are none.
+	Unconfirmed() <-chan struct{}
+	// Push, Close and Idle are those of Session.
+	Push(ctx context.Context, push *Push) error
 	Close(cause error)
 	Idle() <-chan struct{}
 }
@@ -106,8 +111,8 @@ type Direct struct {
 
 // knownKey is what the owner's answer depends on.
 type knownKey struct {
-	key                      Key
-	oneSided, blocksToBlocks bool
+	key                             Key
+	oneSided, blocksToBlocks, exact bool
 }
 
 // found is what a key means and where that is.
@@ -128,6 +133,11 @@ func NewDirect(cfg DirectConfig) *Direct {
 
 // Pull implements Session.
 func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
+	if !req.Theirs() {
+		if err := AwaitConfirmed(ctx, d.cfg.Control); err != nil {
+			return err
+		}
+	}
 	deadline, _ := ctx.Deadline()
 	p, err := d.begin(deadline, req, local)
 	if err != nil {
@@ -136,8 +146,26 @@ func (d *Direct) Pull(ctx context.Context, req *Request, local Local) error {
 	return p.Finish(ctx)
 }
 
+// Push implements Session: the peer reads our memory, or has us stream it.
+func (d *Direct) Push(ctx context.Context, push *Push) error { return d.cfg.Control.Push(ctx, push) }
+
+// AwaitConfirmed waits, before an operation of ours begins, until the peer has answered the pushes that have ended without.
+func AwaitConfirmed(ctx context.Context, c interface{ Unconfirmed() <-chan struct{} }) error {
+	for waiting := c.Unconfirmed(); waiting != nil; waiting = c.Unconfirmed() {
+		select {
+		case <-waiting:
+		case <-ctx.Done():
+			return Ended(ctx)
+		}
+	}
+	return nil
+}
+
 // Begin implements Beginner.
 func (d *Direct) Begin(deadline time.Time, req *Request, local Local) (Operation, error) {
+	if d.cfg.Control.Unconfirmed() != nil {
+		return nil, nil
+	}
 	p, err := d.begin(deadline, req, local)
 	if err != nil {
 		return nil, err
@@ -259,7 +287,7 @@ func (p *reading) pull(ctx, reading context.Context) error {
 			return p.died(err)
 		}
 		// From another shape other bytes would be written: those that are there already would be left, and be nobody's.
-		if p.touched && f.Shape != p.first {
+		if p.touched && (f.Shape != p.first || f.Whole != p.req.Plan.Whole) {
 			f.abandon()
 			return errStale
 		}
@@ -293,7 +321,7 @@ func (p *reading) stream(ctx context.Context, why error) error {
 	if p.direct.cfg.Stream == nil {
 		return status.Newf(status.Failed, status.StageResolve, "%w", why)
 	}
-	if shaped := len(p.req.Plan.DstBlocks) > 0 && len(p.req.Plan.SrcBlocks) == 0; p.touched && shaped {
+	if shaped := len(p.req.Plan.DstBlocks) > 0 && len(p.req.Plan.SrcBlocks) == 0; p.touched && (shaped || p.req.Plan.Whole) {
 		return errStale // how much is written depends on a shape that only the owner sees now; see pull
 	}
 	return p.died(p.direct.cfg.Stream.Pull(ctx, p.req, p.local))
@@ -309,6 +337,9 @@ func (f *found) abandon() {
 func (d *Direct) resolve(ctx context.Context, req *Request) (found, error) {
 	if known, ok := d.recall(req); ok {
 		return known, nil
+	}
+	if f, ok := d.pushed(req); ok {
+		return f, nil
 	}
 	r, err := d.cfg.Control.Resolve(ctx, req)
 	if err != nil {
@@ -332,6 +363,20 @@ func (d *Direct) resolve(ctx context.Context, req *Request) (found, error) {
 		d.remember(req, f)
 	}
 	return f, nil
+}
+
+// pushed finds what the peer pushes without asking the peer: its push has said which generation that is.
+func (d *Direct) pushed(req *Request) (found, bool) {
+	if !req.Theirs() {
+		return found{}, false
+	}
+	place, ok := d.cfg.Directory.Lookup(req.Key.ID)
+	if !ok || len(place.Addrs) != int(place.Shape.Tensors) {
+		return found{}, false
+	}
+	f := found{Resolved{Generation: req.Key.ID, Shape: place.Shape, Batch: req.Key.Batch}, place}
+	d.remember(req, f)
+	return f, true
 }
 
 // Close implements Session. Pulls let go within one Read.
@@ -424,9 +469,9 @@ const blocksID = math.MaxUint64
 // what it means ends with its generation; the key of a blocks cache can be taken over by another cache, which the directory shows. For
 // any other key the owner is asked each time.
 func keyOf(req *Request) (knownKey, directory.Name, bool) {
-	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0}
+	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0, exact: req.Plan.Exact}
 	switch {
-	case req.Key.Kind == KeyCache && req.Key.CacheID > 0:
+	case req.Key.Kind == KeyCache && req.Key.CacheID > 0, req.Theirs():
 		return k, directory.Name{}, true
 	case req.Key.Kind == KeyNormal && req.Key.ID == blocksID:
 		return k, directory.Name{ByKey: true, Model: req.Key.Model}, true
@@ -467,7 +512,7 @@ func (d *Direct) remember(req *Request, f found) {
 
 // plan lists what is to be copied.
 func (p *reading) plan(f *found) (err error) {
-	p.req.Plan.SrcBatch = f.Batch
+	p.req.Plan.SrcBatch, p.req.Plan.Whole = f.Batch, f.Whole
 	p.segments, err = plan.Build(&p.req.Plan, f.Shape, p.req.Local, p.segments)
 	return err
 }

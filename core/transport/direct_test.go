@@ -42,8 +42,10 @@ type peer struct {
 	hidden     bool   // nothing is in the directory
 	access     transport.Access
 	streamed   int
-	stream     error // what a streamed pull says
-	refusal    error // what Resolve says
+	stream     error         // what a streamed pull says
+	refusal    error         // what Resolve says
+	unanswered chan struct{} // what Unconfirmed says
+	pushed     []*transport.Push
 }
 
 func newPeer(shape plan.Shape) *peer {
@@ -76,6 +78,17 @@ type lease struct{ *peer }
 
 func (l lease) Confirm(context.Context) error { l.confirmed++; return l.confirm }
 func (l lease) Abandon()                      { l.abandoned++ }
+
+func (p *peer) Push(_ context.Context, push *transport.Push) error {
+	p.pushed = append(p.pushed, push)
+	return nil
+}
+
+func (p *peer) Unconfirmed() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.unanswered
+}
 
 func (p *peer) Close(cause error)     { p.closed = append(p.closed, cause) }
 func (p *peer) Idle() <-chan struct{} { return p.idle }
@@ -203,6 +216,69 @@ func TestDirectKeepsWhatAnIDMeansAndNoOtherKey(t *testing.T) {
 	p.generation = 0
 	require.ErrorIs(t, pull(d, transport.KeyCache), status.CacheNotExist)
 	require.Equal(t, 5, p.resolved)
+}
+
+func TestDirectFindsWhatThePeerPushesWithoutAskingIt(t *testing.T) {
+	p := newPeer(shape)
+	p.generation, p.live = 5, map[uint64]bool{5: true}
+	d := p.session()
+	for range 3 {
+		require.NoError(t, pull(d, transport.KeyPushed))
+	}
+	require.Zero(t, p.resolved)
+	p.hidden = true
+	p.live = map[uint64]bool{}
+	require.ErrorIs(t, pull(d, transport.KeyPushed), status.CacheNotExist, "the owner is asked, and what it says is not in the directory")
+	require.Positive(t, p.resolved)
+}
+
+func TestDirectNeverSucceedsWithAPushedGenerationThatHasEnded(t *testing.T) {
+	p := newPeer(shape)
+	p.live = map[uint64]bool{5: true}
+	p.read = func(context.Context, []mem.Move) error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.generation, p.live = 0, map[uint64]bool{}
+		return nil
+	}
+	require.ErrorIs(t, pull(p.session(), transport.KeyPushed), status.CacheNotExist)
+	require.Equal(t, 1, p.resolved, "the owner has the last word")
+}
+
+func TestDirectHandsPushesToItsControlAndWaitsForTheirAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(shape)
+		p.live[5] = true
+		d := p.session()
+		push := &transport.Push{Source: 3}
+		require.NoError(t, d.Push(t.Context(), push))
+		require.Equal(t, []*transport.Push{push}, p.pushed)
+
+		p.unanswered = make(chan struct{})
+		req, local := request(transport.KeyCache)
+		operation, err := d.Begin(time.Time{}, req, local)
+		require.NoError(t, err)
+		require.Nil(t, operation)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		require.ErrorIs(t, d.Pull(ctx, req, local), status.Timeout)
+		require.Empty(t, p.reads)
+		require.NoError(t, pull(d, transport.KeyPushed), "the peer's own operation")
+
+		var result error
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			result = pull(d, transport.KeyCache)
+		}()
+		synctest.Wait()
+		p.mu.Lock()
+		close(p.unanswered)
+		p.unanswered = nil
+		p.mu.Unlock()
+		<-done
+		require.NoError(t, result)
+	})
 }
 
 func TestDirectForgetsRatherThanGrow(t *testing.T) {

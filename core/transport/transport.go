@@ -23,6 +23,8 @@ const (
 	KeyNormal KeyKind = 1 // (ID, Model): request id and model id
 	KeyPrefix KeyKind = 2 // (ID, Model): prefix id and model id
 	KeyCache  KeyKind = 3 // (CacheID, Batch)
+	// KeyPushed names a cache of the pusher exactly: CacheID, its generation in ID, Batch. It never consumes a key.
+	KeyPushed KeyKind = 4
 )
 
 // Key names a cache of the owner.
@@ -34,17 +36,31 @@ type Key struct {
 }
 
 // Request is one pull: what is wanted, and the shape of the initiator's side, so that both ends can build the same plan (rule 2).
-// Plan.SrcBatch is filled in on both ends from what the owner resolved.
+// Plan.SrcBatch and Plan.Whole are filled in on both ends from what the owner resolved.
 type Request struct {
 	Key   Key
 	Plan  plan.Request
 	Local plan.Shape
 }
 
+// Theirs says that the pull serves a push of the peer's. It is the peer's operation and waits for none of ours.
+func (r *Request) Theirs() bool { return r.Key.Kind == KeyPushed }
+
 // Local is the initiator's memory: one base address a tensor of Request.Local. The caller holds it for the whole call.
 type Local struct {
 	Addrs   []uintptr
 	Backing mem.Backing // how it may be written
+}
+
+// Push is one push: a request to the peer to pull from us (rule 1), and the shape of our side, from which the peer's follows.
+type Push struct {
+	Key        Key          // the destination in the receiver's table; not looked at where Addrs is set
+	Addrs      []uint64     // raw destination addresses, one a tensor of Plan.SrcTensors; nil: by Key
+	Source     int64        // our cache
+	Generation uint64       // of our cache
+	Shape      plan.Shape   // of our cache
+	Plan       plan.Request // Src: ours, Dst: the receiver's; Size is not looked at: whole rows are pushed
+	BlockBytes uint64       // bytes of a destination block as the caller says; 0: not said
 }
 
 // Session moves bytes over one link. Its methods may be called from many goroutines.
@@ -53,6 +69,10 @@ type Session interface {
 	// pull consumes its key, the owner has acknowledged it (or the link died in that moment). It ends when ctx ends, with Timeout for
 	// a deadline and Failed for a cancel; when it has returned, nothing of it writes into local any more (rule 4).
 	Pull(ctx context.Context, req *Request, local Local) error
+	// Push has the peer pull what push says, and returns nil only when the peer has all of it. It ends when ctx ends, as Pull does, but
+	// not before the peer has confirmed that nothing of it is in flight any more: where that takes more than a second it is Timeout,
+	// whatever ended ctx, and later pulls and pushes of this session wait for the peer's answer first.
+	Push(ctx context.Context, push *Push) error
 	// Close ends every operation with cause, drops every lease of the peer and returns when no goroutine of the session is left.
 	Close(cause error)
 	// Idle returns a channel that is closed as soon as no operation, own or served, is under way; at once if there is none.
@@ -63,7 +83,7 @@ type Session interface {
 // it where it stands.
 type Beginner interface {
 	// Begin starts what Pull does, with a deadline (zero: none) that the owner is told. req and local are the operation's until it is
-	// finished. Errors are those of Pull.
+	// finished. Errors are those of Pull. A nil Operation says that it can't begin without waiting: Pull does it.
 	Begin(deadline time.Time, req *Request, local Local) (Operation, error)
 }
 
@@ -89,11 +109,25 @@ type Owner interface {
 	Open(req *Request) (Source, error)
 }
 
+// Receiver is the serving side of pushes.
+type Receiver interface {
+	// Receive pulls what a peer's push says into our memory, and returns when it is there, or when nothing of it is in flight any more.
+	// It ends when ctx ends. push is the receiver's. Errors are *status.Error.
+	Receive(ctx context.Context, push *Push) error
+}
+
+// Server is all of the serving side.
+type Server interface {
+	Owner
+	Receiver
+}
+
 // Source is a cache that is held for one operation of a peer.
 type Source interface {
 	Shape() plan.Shape
 	Generation() uint64
 	Batch() uint64                 // the resolved batch row
+	Whole() bool                   // all of that row moves, whatever the request says
 	Consumes() bool                // the key is released when the initiator confirms: this source is a lease
 	Address(tensor uint32) uintptr // base of a tensor
 	Acquire() bool                 // before each system call on the memory; false once it was withdrawn

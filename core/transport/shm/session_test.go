@@ -52,6 +52,10 @@ func (c *control) Pull(context.Context, *transport.Request, transport.Local) err
 	return nil
 }
 
+func (c *control) Push(context.Context, *transport.Push) error { return nil }
+
+func (c *control) Unconfirmed() <-chan struct{} { return nil }
+
 func (c *control) Close(error) { c.closed++ }
 
 func (c *control) Idle() <-chan struct{} {

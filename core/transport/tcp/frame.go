@@ -5,6 +5,7 @@ package tcp
 import (
 	"encoding/binary"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
@@ -37,8 +38,9 @@ const (
 	kindFail      frameKind = 4 // owner: the operation has failed; a: status code, body: cause
 	kindCancel    frameKind = 5 // initiator: nothing more is wanted
 	kindDone      frameKind = 6 // initiator: every byte has arrived; a: first tensor, b: tensors (all: flagAll)
-	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before
+	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before. Also: a push has succeeded
 	kindJoin      frameKind = 8 // initiator: an operation that was asked for on another connection may use this one too
+	kindPush      frameKind = 9 // pusher: body is a push; a: deadline in ms from now; the peer answers with CONFIRMED or FAIL
 )
 
 const (
@@ -79,7 +81,7 @@ func parseHeader(b []byte) (h header, err error) {
 		if h.length == 0 {
 			return h, protocolError("an empty data frame")
 		}
-	case kindRequest, kindEntry:
+	case kindRequest, kindEntry, kindPush:
 	case kindFail:
 		limit = maxCause
 	case kindCancel, kindDone, kindConfirmed, kindJoin:
@@ -99,12 +101,13 @@ func protocolError(what string) error {
 }
 
 // requestFixed is the size of a request's body without its block ids.
-const requestFixed = 112
+const requestFixed = 128
 
 const (
 	requestOneSided = 1 << iota
 	requestSrcAll
 	requestDstAll
+	requestExact
 )
 
 func requestBytes(req *transport.Request) int {
@@ -124,6 +127,9 @@ func putRequest(b []byte, req *transport.Request) {
 	if p.DstTensors.All {
 		flags |= requestDstAll
 	}
+	if p.Exact {
+		flags |= requestExact
+	}
 	w := writer{b: b}
 	w.u64(uint64(req.Key.Kind) | uint64(flags)<<8)
 	w.u64(req.Key.ID)
@@ -136,6 +142,8 @@ func putRequest(b []byte, req *transport.Request) {
 	w.u32(p.DstTensors.Count)
 	w.u64(p.DstBatch)
 	w.u64(uint64(p.Size))
+	w.u64(p.SrcOffset)
+	w.u64(p.DstOffset)
 	w.shape(req.Local)
 	w.u32(uint32(len(p.SrcBlocks)))
 	w.u32(uint32(len(p.DstBlocks)))
@@ -157,12 +165,13 @@ func parseRequest(b []byte, req *transport.Request) error {
 	req.Key = transport.Key{Kind: transport.KeyKind(kind & 0xFF), ID: r.u64(), Model: r.u64(), CacheID: int64(r.u64()), Batch: r.u64()}
 	flags := uint8(kind >> 8)
 	p := &req.Plan
-	p.SrcBatch = 0
-	p.OneSided = flags&requestOneSided != 0
+	p.SrcBatch, p.Whole = 0, false
+	p.OneSided, p.Exact = flags&requestOneSided != 0, flags&requestExact != 0
 	p.SrcTensors = plan.Range{First: r.u32(), Count: r.u32(), All: flags&requestSrcAll != 0}
 	p.DstTensors = plan.Range{First: r.u32(), Count: r.u32(), All: flags&requestDstAll != 0}
 	p.DstBatch = r.u64()
 	p.Size = int64(r.u64())
+	p.SrcOffset, p.DstOffset = r.u64(), r.u64()
 	req.Local = r.shape()
 	src, dst := uint64(r.u32()), uint64(r.u32())
 	if (src+dst)*8 != uint64(len(b)-requestFixed) {
@@ -172,8 +181,61 @@ func parseRequest(b []byte, req *transport.Request) error {
 	return nil
 }
 
+// pushFixed is the size of what precedes, in a push's body, the addresses and then a request: its key, lists and our shape.
+const pushFixed = 40
+
+func pushBodyBytes(p *transport.Push) int {
+	return pushFixed + 8*len(p.Addrs) + requestBytes(requestOf(p))
+}
+
+func requestOf(p *transport.Push) *transport.Request {
+	return &transport.Request{Key: p.Key, Plan: p.Plan, Local: p.Shape}
+}
+
+// putPush writes the body of a push frame.
+func putPush(b []byte, p *transport.Push) {
+	w := writer{b: b}
+	w.u64(uint64(p.Source))
+	w.u64(p.Generation)
+	w.u64(p.Plan.SrcBatch)
+	w.u64(p.BlockBytes)
+	w.u64(uint64(len(p.Addrs)))
+	for _, addr := range p.Addrs {
+		w.u64(addr)
+	}
+	putRequest(w.b, requestOf(p))
+}
+
+// parsePush reads the body of a push frame. It never allocates more than the body holds.
+func parsePush(b []byte, p *transport.Push) error {
+	if len(b) < pushFixed+requestFixed {
+		return protocolError("a push that is too short")
+	}
+	r := reader{b: b}
+	source, generation, batch, blockBytes, addrs := int64(r.u64()), r.u64(), r.u64(), r.u64(), r.u64()
+	if addrs > uint64(len(r.b)-requestFixed)/8 {
+		return protocolError("a push whose addresses do not fit it")
+	}
+	*p = transport.Push{Source: source, Generation: generation, BlockBytes: blockBytes}
+	if addrs > 0 {
+		p.Addrs = r.list(nil, int(addrs))
+	}
+	var req transport.Request
+	if err := parseRequest(r.b, &req); err != nil {
+		return err
+	}
+	p.Key, p.Plan, p.Shape = req.Key, req.Plan, req.Local
+	p.Plan.SrcBatch = batch
+	return nil
+}
+
 // entryBytes is the size of an entry's body.
 const entryBytes = 72
+
+const (
+	entryConsumes = 1 << iota
+	entryWhole
+)
 
 // entry is what the owner says that it resolved.
 type entry struct {
@@ -181,6 +243,7 @@ type entry struct {
 	shape      plan.Shape
 	batch      uint64
 	consumes   bool
+	whole      bool   // the source's whole batch row moves
 	total      uint64 // bytes that the operation's stream will have
 	hash       uint64 // of the owner's plan
 }
@@ -192,7 +255,10 @@ func putEntry(b []byte, e *entry) {
 	w.u64(e.batch)
 	var flags uint64
 	if e.consumes {
-		flags = 1
+		flags |= entryConsumes
+	}
+	if e.whole {
+		flags |= entryWhole
 	}
 	w.u64(flags)
 	w.u64(e.total)
@@ -207,7 +273,8 @@ func parseEntry(b []byte) (e entry, err error) {
 	e.generation = r.u64()
 	e.shape = r.shape()
 	e.batch = r.u64()
-	e.consumes = r.u64()&1 != 0
+	flags := r.u64()
+	e.consumes, e.whole = flags&entryConsumes != 0, flags&entryWhole != 0
 	e.total = r.u64()
 	e.hash = r.u64()
 	return e, nil
@@ -251,7 +318,7 @@ func (r *reader) shape() plan.Shape {
 }
 
 func (r *reader) list(into []uint64, count int) []uint64 {
-	into = into[:0]
+	into = slices.Grow(into[:0], count)
 	for range count {
 		into = append(into, r.u64())
 	}

@@ -63,6 +63,30 @@ func FuzzParseRequest(f *testing.F) {
 	})
 }
 
+func FuzzParsePush(f *testing.F) {
+	for _, seed := range []*transport.Push{{}, fullPush()} {
+		b := make([]byte, pushBodyBytes(seed))
+		putPush(b, seed)
+		f.Add(b)
+	}
+	f.Add(pushLists(1<<63, 0))
+	f.Add(pushLists(0, 1<<31))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var push transport.Push
+		if parsePush(b, &push) != nil {
+			return
+		}
+		require.LessOrEqual(t, 8*(len(push.Addrs)+len(push.Plan.SrcBlocks)+len(push.Plan.DstBlocks)), len(b))
+		require.LessOrEqual(t, piecesOf(&push), plan.MaxSegments)
+		require.Equal(t, len(b), pushBodyBytes(&push))
+		again := make([]byte, len(b))
+		putPush(again, &push)
+		var back transport.Push
+		require.NoError(t, parsePush(again, &back))
+		require.Equal(t, push, back)
+	})
+}
+
 func put(req *transport.Request) []byte {
 	b := make([]byte, requestBytes(req))
 	putRequest(b, req)
@@ -160,6 +184,8 @@ func FuzzSession(f *testing.F) {
 	f.Add(append(bytes.Clone(served), frameOf(header{kind: kindDone, flags: flagAll, operation: 1}, nil)...), uint64(2))
 	f.Add(append(frameOf(header{kind: kindFail, operation: 1, a: 5}, []byte("check\x00no\x00why")), good...), uint64(3))
 	f.Add(append(frameOf(header{kind: kindRequest, flags: flagResolve, operation: 1}, put(rows(2, dst))), served...), uint64(4))
+	f.Add(pushFrame(5, fullPush()), uint64(5))
+	f.Add(append(pushFrame(5, fullPush()), frameOf(header{kind: kindCancel, operation: 5}, nil)...), uint64(6))
 	f.Fuzz(func(t *testing.T, b []byte, seed uint64) {
 		for i := range memory.Bytes() {
 			memory.Bytes()[i] = 0xEE
@@ -167,7 +193,8 @@ func FuzzSession(f *testing.F) {
 		o := &owner{caches: map[uint64]*offer{1: {cache: dst}, 2: {cache: dst, consumes: true}}}
 		broken := make(chan error, 2)
 		conn := &script{left: b, tear: rand.New(rand.NewPCG(seed, 1))}
-		s, err := NewSession(Config{Conns: []transport.Conn{hold(conn)}, Owner: o, Broken: func(err error) { broken <- err }, Spin: -1})
+		o.takes(func(ctx context.Context, _ *transport.Push) error { <-ctx.Done(); return transport.Ended(ctx) })
+		s, err := NewSession(Config{Conns: []transport.Conn{hold(conn)}, Owner: o, Receiver: o, Broken: func(err error) { broken <- err }, Spin: -1})
 		require.NoError(t, err)
 		p, err := s.start(time.Time{}, rows(1, dst), transport.Local{Addrs: []uintptr{memory.Addr() + 4096}}, 0)
 		require.NoError(t, err)
@@ -179,6 +206,7 @@ func FuzzSession(f *testing.F) {
 		o.verify(t)
 		require.Empty(t, s.serves)
 		require.Empty(t, s.pulls)
+		require.Empty(t, s.receipts)
 		require.Zero(t, s.segments)
 		for i, v := range memory.Bytes() {
 			require.True(t, v == 0xEE || i >= 4096 && i < 8192, "byte %d outside the destination has changed", i)

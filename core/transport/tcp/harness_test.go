@@ -190,6 +190,7 @@ type owner struct {
 	mu      sync.Mutex
 	caches  map[uint64]*offer
 	sources []*source
+	receive func(ctx context.Context, push *transport.Push) error // nil: nothing comes
 }
 
 // offer is how a cache is offered.
@@ -198,6 +199,7 @@ type offer struct {
 	addrs    []uintptr // in place of the cache's
 	batch    uint64
 	consumes bool
+	whole    bool
 	acquire  func(s *source, n int64) bool // n-th call, from 1; nil: true
 }
 
@@ -254,10 +256,28 @@ func (o *owner) Open(req *transport.Request) (transport.Source, error) {
 	return s, nil
 }
 
+// takes says what becomes of the peer's pushes.
+func (o *owner) takes(receive func(ctx context.Context, push *transport.Push) error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.receive = receive
+}
+
+func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
+	o.mu.Lock()
+	receive := o.receive
+	o.mu.Unlock()
+	if receive == nil {
+		return status.New(status.ParamInvalid, status.StageCheck, "nothing is expected")
+	}
+	return receive(ctx, push)
+}
+
 func (s *source) Shape() plan.Shape  { return s.offer.shape }
 func (s *source) Generation() uint64 { return 7 }
 func (s *source) Batch() uint64      { return s.offer.batch }
 func (s *source) Consumes() bool     { return s.offer.consumes }
+func (s *source) Whole() bool        { return s.offer.whole }
 func (s *source) Address(tensor uint32) uintptr {
 	if s.offer.addrs != nil {
 		return s.offer.addrs[tensor]
@@ -389,13 +409,15 @@ var errClosed = status.New(status.NotYetLink, status.StageClose, "the test is ov
 
 func newSession(t testing.TB, conns []transport.Conn, o *owner) (*Session, chan error) {
 	broken := make(chan error, 10)
-	s, err := NewSession(Config{Conns: conns, Owner: o, Spin: -1, Broken: func(cause error) { broken <- cause }})
+	s, err := NewSession(Config{Conns: conns, Owner: o, Receiver: o, Spin: -1, Broken: func(cause error) { broken <- cause }})
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		s.Close(errClosed)
 		require.LessOrEqual(t, len(broken), 1, "Broken was called more than once")
 		require.Empty(t, s.serves)
 		require.Empty(t, s.sending)
+		require.Empty(t, s.receipts)
+		require.Nil(t, s.Unconfirmed())
 		require.Zero(t, s.segments)
 	})
 	return s, broken
@@ -498,6 +520,12 @@ func (p *rawPeer) request(id uint64, flags uint8, deadline time.Duration, req *t
 	body := make([]byte, requestBytes(req))
 	putRequest(body, req)
 	p.send(header{kind: kindRequest, flags: flags, operation: id, a: deadlineMillis(deadline)}, body)
+}
+
+func (p *rawPeer) push(id uint64, deadline time.Duration, what *transport.Push) {
+	body := make([]byte, pushBodyBytes(what))
+	putPush(body, what)
+	p.send(header{kind: kindPush, operation: id, a: deadlineMillis(deadline)}, body)
 }
 
 func (p *rawPeer) entry(id uint64, req *transport.Request, src plan.Shape, consumes bool) {

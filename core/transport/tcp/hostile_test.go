@@ -67,6 +67,16 @@ func TestABrokenProtocolEndsTheSessionWithItsCause(t *testing.T) {
 			f = append(f, frameOf(header{kind: kindRequest, flags: flagResolve, operation: 6, a: 1000}, leased(request(dst)))...)
 			return append(f, frameOf(header{kind: kindDone, operation: 6, a: 1, b: 1<<64 - 1}, nil)...)
 		}, "a DONE for what it has not asked for"},
+		"huge push":          {func(*cache) []byte { return oversized(kindPush, maxBody+1) }, "longer than its kind"},
+		"short push":         {func(*cache) []byte { return frameOf(header{kind: kindPush}, make([]byte, pushFixed+requestFixed-1)) }, "a push that is too short"},
+		"addresses that lie": {func(*cache) []byte { return frameOf(header{kind: kindPush}, pushLists(1<<61, 0)) }, "do not fit it"},
+		"a push's lists lie": {func(*cache) []byte { return frameOf(header{kind: kindPush}, pushLists(0, 1<<32-1)) }, "do not fill it"},
+		"same push twice": {func(*cache) []byte {
+			return append(pushFrame(5, fullPush()), pushFrame(5, fullPush())...)
+		}, "two requests of one number"},
+		"a request of a push's number": {func(dst *cache) []byte {
+			return append(pushFrame(5, fullPush()), frameOf(header{kind: kindRequest, operation: 5, a: 1000}, request(dst))...)
+		}, "two requests of one number"},
 		"half a header and the end": {func(*cache) []byte { return make([]byte, 10) }, "closed the connection"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -81,6 +91,7 @@ func TestABrokenProtocolEndsTheSessionWithItsCause(t *testing.T) {
 			t.Cleanup(letGo)
 			o.offer(1, &offer{cache: big, acquire: func(*source, int64) bool { <-held; return true }})
 			o.offer(2, &offer{cache: big, consumes: true})
+			o.takes(untilTheEnd)
 			result := pulling(s, context.Background(), rows(1, dst), dst)
 			raw.expect(kindRequest, 1)
 			if name == "same request twice" || name == "done of what is no lease" {
@@ -110,6 +121,13 @@ func lists(src, dst uint32) []byte {
 	return b
 }
 
+// pushLists is a push's body with counts that need not be true.
+func pushLists(addrs uint64, src uint32) []byte {
+	b := append(make([]byte, pushFixed), lists(src, 0)...)
+	binary.LittleEndian.PutUint64(b[pushFixed-8:], addrs)
+	return b
+}
+
 // leased turns a request's body into one for the cache with the id 2.
 func leased(body []byte) []byte {
 	binary.LittleEndian.PutUint64(body[8:], 2)
@@ -132,7 +150,7 @@ func TestGarbageNeverDoesMoreThanBreakTheSession(t *testing.T) {
 			for i := range body {
 				body[i] = byte(r.Uint32())
 			}
-			kind := frameKind(r.IntN(9))
+			kind := frameKind(r.IntN(10))
 			junk = append(junk, frameOf(header{kind: kind, flags: uint8(r.IntN(3)), operation: uint64(r.IntN(3)), a: uint64(r.IntN(3))}, body)...)
 		}
 		raw.write(junk)
@@ -216,10 +234,10 @@ func TestRefusalOfAStrangerIsReadWithCare(t *testing.T) {
 		cause string
 		hint  string
 	}{
-		{0, "", status.Failed, status.StageTransfer, "the owner has refused", ""},
+		{0, "", status.Failed, status.StageTransfer, "the peer has refused", ""},
 		{1 << 40, "check\x00x\x00y\x00z", status.Failed, status.StageCheck, "x", "y\x00z"},
 		{uint64(status.ParamInvalid), "nowhere\x00\xff\xfe", status.ParamInvalid, status.StageTransfer, "\uFFFD", ""},
-		{0x12345678, "lookup", status.Failed, status.StageLookup, "the owner has refused", ""},
+		{0x12345678, "lookup", status.Failed, status.StageLookup, "the peer has refused", ""},
 	} {
 		result := pulling(s, context.Background(), rows(1, dst), dst)
 		raw.expect(kindRequest, uint64(i+1))

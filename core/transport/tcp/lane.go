@@ -138,7 +138,7 @@ const maxAnswers = 2 * maxOperations
 
 func (l *lane) handle(h header, body []byte) error {
 	s := l.session
-	if (h.kind == kindRequest || h.kind == kindDone) && l.unread() > maxAnswers {
+	if (h.kind == kindRequest || h.kind == kindDone || h.kind == kindPush) && l.unread() > maxAnswers {
 		return protocolError("request after request without reading the answers")
 	}
 	switch h.kind {
@@ -156,6 +156,8 @@ func (l *lane) handle(h header, body []byte) error {
 		s.confirmed(h)
 	case kindJoin:
 		l.push()
+	case kindPush:
+		return s.pushed(l, h, body)
 	}
 	return nil
 }

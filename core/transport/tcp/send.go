@@ -45,11 +45,11 @@ func (l *lane) unread() int {
 	return l.answers
 }
 
-// withdraw takes a request back that has not begun to go out, and reports whether it could. Callers that time out on a peer which does
+// withdraw takes a request or a push back that has not begun to go out, and reports whether it could. Callers that time out on a peer which does
 // not read would otherwise leave a request and a CANCEL behind each.
 func (l *lane) withdraw(operation uint64) bool {
 	l.queueMu.Lock()
-	i := slices.IndexFunc(l.queue, func(f frame) bool { return f.kind == kindRequest && f.operation == operation })
+	i := slices.IndexFunc(l.queue, func(f frame) bool { return (f.kind == kindRequest || f.kind == kindPush) && f.operation == operation })
 	if i < 0 {
 		l.queueMu.Unlock()
 		return false

@@ -84,20 +84,31 @@ func (s *Session) request(l *lane, h header, body []byte) error {
 func (s *Session) reserve(v *serve) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.serves) >= maxOperations || s.segments+len(v.stream.segments) > maxSegments {
-		return status.Newf(status.LinkBusy, status.StageCheck, "this link has %d pulls open with %d pieces of memory, more than the owner serves at once",
-			len(s.serves), s.segments).Hinting("pull again when others have ended")
+	if s.full(len(v.stream.segments)) {
+		return s.busy()
 	}
 	s.segments += len(v.stream.segments)
 	return nil
 }
 
+// full says whether the peer has too much open for one more operation. The caller holds mu.
+func (s *Session) full(segments int) bool {
+	return len(s.serves)+len(s.receipts) >= maxOperations || s.segments+segments > maxSegments
+}
+
+// busy refuses an operation for that. The caller holds mu.
+func (s *Session) busy() error {
+	return status.Newf(status.LinkBusy, status.StageCheck,
+		"this link has %d pulls and %d pushes open with %d pieces of memory, more than the owner serves at once",
+		len(s.serves), len(s.receipts), s.segments).Hinting("try again when others have ended")
+}
+
 // prepare builds the plan and the entry that tells the initiator of it.
 func (v *serve) prepare(h header, req *transport.Request) error {
 	shape := v.source.Shape()
-	e := entry{generation: v.source.Generation(), shape: shape, batch: v.source.Batch(), consumes: v.leased}
+	e := entry{generation: v.source.Generation(), shape: shape, batch: v.source.Batch(), consumes: v.leased, whole: v.source.Whole()}
 	if h.flags&flagResolve == 0 {
-		req.Plan.SrcBatch = e.batch
+		req.Plan.SrcBatch, req.Plan.Whole = e.batch, e.whole
 		segments, err := plan.Build(&req.Plan, shape, req.Local, v.stream.segments)
 		if err != nil {
 			return err
@@ -126,7 +137,7 @@ func (v *serve) prepare(h header, req *transport.Request) error {
 // admit puts an operation to work.
 func (s *Session) admit(v *serve) error {
 	s.mu.Lock()
-	twice := s.serves[v.id] != nil
+	twice := s.serves[v.id] != nil || s.receipts[v.id] != nil
 	if s.cause != nil || twice {
 		s.segments -= len(v.stream.segments)
 		s.mu.Unlock()
@@ -313,6 +324,13 @@ func (v *serve) fail(e *status.Error) {
 func (s *Session) cancelled(h header) {
 	if v := s.serving(h.operation); v != nil {
 		v.finish(nil)
+		return
+	}
+	s.mu.Lock()
+	r := s.receipts[h.operation]
+	s.mu.Unlock()
+	if r != nil {
+		r.cancel(errGivenUp)
 	}
 }
 

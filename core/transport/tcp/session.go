@@ -31,6 +31,8 @@ import (
 type Config struct {
 	Conns []transport.Conn // one or more; the session takes them over
 	Owner transport.Owner  // answers the peer's requests
+	// Receiver takes the peer's pushes, each on a goroutine of its own; nil: they are refused.
+	Receiver transport.Receiver
 	// Spin is how long one who waits polls before it sleeps; 0: defaultSpin; below 0: not at all, as virtual time needs it. Where nothing
 	// is under way nobody polls for more than a millisecond.
 	Spin time.Duration
@@ -58,6 +60,8 @@ type Session struct {
 	asked   atomic.Int64 // own operations
 	planned atomic.Int64 // of these, those that data frames may come for
 
+	unconfirmed atomic.Pointer[confirmation] // nil: nothing to wait for; changes under mu
+
 	planning sync.Mutex // one plan of the peer's is built at a time, so that what they take together is bounded (maxSegments)
 
 	mu       sync.Mutex // guards what follows
@@ -65,6 +69,7 @@ type Session struct {
 	pulls    map[uint64]*pull
 	spare    []*pull // to use again
 	serves   map[uint64]*serve
+	receipts map[uint64]*receipt
 	segments int      // of all served operations
 	sending  []*serve // operations that still have chunks to claim, in turn
 	idle     []chan struct{}
@@ -76,7 +81,7 @@ func NewSession(cfg Config) (*Session, error) {
 	if len(cfg.Conns) == 0 {
 		return nil, status.New(status.ParamInvalid, status.StageCheck, "a session without a data connection")
 	}
-	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}}
+	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}, receipts: map[uint64]*receipt{}}
 	if s.spin = cfg.Spin; s.spin == 0 {
 		s.spin = defaultSpin
 	}
@@ -131,6 +136,7 @@ func (s *Session) shut(cause error, broken func(error)) {
 	s.cause = cause
 	close(s.closing)
 	pulls, serves := maps.Clone(s.pulls), slices.Collect(maps.Values(s.serves))
+	receipts := slices.Collect(maps.Values(s.receipts))
 	if broken != nil {
 		s.breaks.Add(1) // under mu: a Close that comes second waits for it
 	}
@@ -147,6 +153,9 @@ func (s *Session) shut(cause error, broken func(error)) {
 	}
 	for _, v := range serves {
 		v.abandon()
+	}
+	for _, r := range receipts {
+		r.cancel(cause)
 	}
 }
 
@@ -175,7 +184,7 @@ func (s *Session) Idle() <-chan struct{} {
 
 // wakeIdle tells who waits for an idle session. The caller holds mu.
 func (s *Session) wakeIdle() {
-	if len(s.pulls) > 0 || len(s.serves) > 0 {
+	if len(s.pulls)+len(s.serves)+len(s.receipts) > 0 {
 		return
 	}
 	for _, ch := range s.idle {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CacheManager: registers, allocates, pulls and copies caches.
+"""CacheManager: registers, allocates, pulls, pushes and copies caches.
 
 Every argument is checked and packed here; what is named, moved and refused is the engine's. A call that waits gives up the
 GIL, ends within its deadline, and touches nothing any more when it has returned or raised.
@@ -24,23 +24,41 @@ from ..utils.utils import (
     check_uint32,
     check_uint64,
 )
-from .llm_types import BlocksCacheKey, Cache, CacheDesc, CacheKey, CacheKeyByIdAndIndex, Placement
+from .keys import NORMAL_KEY, check_word, engine_key
+from .llm_types import (
+    BlocksCacheKey,
+    Cache,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    CacheTask,
+    LayerSynchronizer,
+    MemInfo,
+    Memtype,
+    Placement,
+    TransferConfig,
+    TransferWithCacheKeyConfig,
+    check_layer_range,
+)
 from .llm_utils import is_valid_id
+from .transfer import TransferCacheParameters, transfer_cache_async
 
 __all__ = ["CacheManager"]
 
 _CONTIGUOUS, _BLOCKS = 1, 2  # kinds of caches
-_NORMAL_KEY, _PREFIX_KEY, _ID_KEY = 1, 2, 3  # kinds of keys
 _WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's complement
 _DEFAULT_PER_LAYER = 2
 _KEYS = (CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
 _ALL_TENSORS = -1, 0  # the first one, how many
-# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the blocks.
+# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the offsets, the blocks.
 _pack_ends = struct.Struct("QqQQ5q").pack  # ids are unsigned
 _pack_ends_as_bits = struct.Struct("9Q").pack
 _pack_layers = struct.Struct("5q").pack
+pack_offsets = struct.Struct("3q").pack  # of the source and of the destination in bytes, 1 where they were given
 _pack_two_blocks = struct.Struct("2q").pack
+_NO_OFFSETS = pack_offsets(0, 0, 0)
 _ALL_LAYERS = _pack_layers(*_ALL_TENSORS, *_ALL_TENSORS, _DEFAULT_PER_LAYER)
+_ORDINARY = _ALL_LAYERS + _NO_OFFSETS
 # Their addresses come back in an array that is made before the pool is asked: 128 MiB, for a pool of 16 GiB at least.
 _MOST_TENSORS = 1 << 24
 
@@ -221,7 +239,7 @@ class CacheManager:
         check_int64("size", size)
         raise_if_true(cache.is_blocks_cache, "pull_cache does not take a blocks cache")
         raise_if_false(size == -1 or size > 0, "size should be -1 or positive, but got {}", size)
-        per_layer = _per_layer(kwargs)
+        per_layer = per_layer_of(kwargs)
         if isinstance(cache_key, CacheKey):
             self.check_cache_key(cache_key)
         self._pull("pull_cache", cache_key, cache, batch_index, size, per_layer, kwargs, b"", b"")
@@ -242,7 +260,7 @@ class CacheManager:
         elif type(key) is not CacheKeyByIdAndIndex:
             return None
         try:
-            return _pack_ends(key._cluster_id, *_name(key), cache._cache_id, batch_index, size) + _ALL_LAYERS
+            return _pack_ends(key._cluster_id, *engine_key(key), cache._cache_id, batch_index, size) + _ORDINARY
         except struct.error:  # out of range
             return None
 
@@ -270,7 +288,7 @@ class CacheManager:
         src, dst = pack_blocks("src_blocks", src_blocks), pack_blocks("dst_blocks", dst_blocks)
         raise_if_false(dst_cache.is_blocks_cache, "pull_blocks takes a blocks cache only")
         raise_if_false(dst, "dst_blocks should not be empty")
-        per_layer = _per_layer(kwargs)
+        per_layer = per_layer_of(kwargs)
         if isinstance(src_cache_key, BlocksCacheKey):
             raise_if_false(src, "src_blocks should not be empty with a BlocksCacheKey")
         else:
@@ -290,22 +308,150 @@ class CacheManager:
         kwargs: dict[str, Any],
         src: bytes,
         dst: bytes,
+        offsets: bytes = _NO_OFFSETS,
     ) -> None:
         layers = _ALL_LAYERS
         if kwargs:
-            src_tensors = _tensors("src_layer_range", kwargs, per_layer)
-            dst_tensors = _tensors("dst_layer_range", kwargs, per_layer)
+            src_tensors = _tensors("src_layer_range", kwargs.get("src_layer_range"), per_layer)
+            dst_tensors = _tensors("dst_layer_range", kwargs.get("dst_layer_range"), per_layer)
             layers = _pack_layers(*src_tensors, *dst_tensors, per_layer)
-        name = _name(key)
+        name = engine_key(key)
         numbers = (key.cluster_id, *name, cache.cache_id, batch_index, size)
         try:
             ends = _pack_ends(*numbers)
         except struct.error:  # of a number that a subclass has made up the low 64 bits count
             ends = _pack_ends_as_bits(*[number & _WORD for number in numbers])
-        words = array("Q", ends + layers)
+        words = array("Q", ends + layers + offsets)
         words.frombytes(src)
         words.frombytes(dst)
         self._engine.pull(operation, words, len(src) // ID_BYTES, len(dst) // ID_BYTES)
+
+    def push_cache(
+        self,
+        dst_cache_key: CacheKeyByIdAndIndex,
+        src_cache: Cache,
+        src_batch_index: int = 0,
+        src_layer_range: range | None = None,
+        dst_layer_range: range | None = None,
+        size: int = -1,
+        tensor_num_per_layer: int = 2,
+    ) -> None:
+        """Push row src_batch_index of a local cache into a row of a peer's, in one-sided mode.
+
+        Whole rows only: size is -1. A range that is None is all layers of the source. An id of 0 stands for the peer's key
+        (req_id 0, model_id 0). Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_NOT_YET_LINK, LLM_PARAM_INVALID (where one
+        of the caches is not remote accessible, too), LLM_FAILED where the peer died, and LLM_TIMEOUT (after
+        sync_kv_timeout; with the cause "receiver has not confirmed" the destination may still change until the peer answers).
+        """
+        self._check_one_sided("push_cache")
+        check_isinstance("dst_cache_key", dst_cache_key, CacheKeyByIdAndIndex, allow_none=False)
+        check_isinstance("src_cache", src_cache, Cache, allow_none=False)
+        check_uint32("src_batch_index", src_batch_index)
+        raise_if_true(src_cache.is_blocks_cache, "push_cache does not take a blocks cache")
+        src, dst = _pushed_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        check_int64("size", size)
+        raise_if_false(size == -1, "size should be -1, but got {}", size)
+        self._push("push_cache", dst_cache_key, src_cache, src_batch_index, src, dst, tensor_num_per_layer)
+
+    def push_blocks(
+        self,
+        dst_cache_key: BlocksCacheKey,
+        src_cache: Cache,
+        src_blocks: Sequence[int] = (),
+        dst_blocks: Sequence[int] = (),
+        src_layer_range: range | None = None,
+        dst_layer_range: range | None = None,
+        tensor_num_per_layer: int = 2,
+    ) -> None:
+        """Push block src_blocks[i] of a local cache into block dst_blocks[i] of a peer's, in one-sided mode.
+
+        Block lists, layers and exceptions are those of pull_blocks and push_cache.
+        """
+        self._check_one_sided("push_blocks")
+        check_isinstance("dst_cache_key", dst_cache_key, BlocksCacheKey)
+        check_isinstance("src_cache", src_cache, Cache)
+        packed = pack_blocks("src_blocks", src_blocks), pack_blocks("dst_blocks", dst_blocks)
+        raise_if_false(src_cache.is_blocks_cache, "push_blocks takes a blocks cache only")
+        raise_if_false(packed[1], "dst_blocks should not be empty")
+        src, dst = _pushed_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        self._push("push_blocks", dst_cache_key, src_cache, 0, src, dst, tensor_num_per_layer, *packed)
+
+    def _check_one_sided(self, operation: str) -> None:
+        raise_if_false(self._enable_remote_cache_accessible, "{} needs enable_remote_cache_accessible", operation)
+
+    def _push(
+        self,
+        operation: str,
+        key: CacheKeyByIdAndIndex | BlocksCacheKey,
+        cache: Cache,
+        src_batch: int,
+        src: range,
+        dst: range,
+        per_layer: int,
+        src_blocks: bytes = b"",
+        dst_blocks: bytes = b"",
+    ) -> None:
+        what = TransferCacheParameters(
+            key.cluster_id,
+            engine_key(key),
+            cache.cache_id,
+            src_batch,
+            _tensors("src_layer_range", src, per_layer),
+            _tensors("dst_layer_range", dst, per_layer),
+            per_layer,
+            src_blocks=src_blocks,
+            dst_blocks=dst_blocks,
+        )
+        if src:  # a cache with fewer tensors than a layer has no layers
+            what.push(self._engine, operation)
+
+    def transfer_cache_async(
+        self,
+        src_cache: Cache,
+        layer_synchronizer: LayerSynchronizer,
+        transfer_configs: Sequence[TransferConfig] | Sequence[TransferWithCacheKeyConfig],
+        src_block_indices: Sequence[int] | None = None,
+        dst_block_indices: Sequence[int] | None = None,
+        dst_block_memory_size: int | None = None,
+    ) -> CacheTask:
+        """Push a cache layer by layer (two tensors each) in the background, each when the synchronizer says that it is there.
+
+        Configs are TransferConfig in two-sided mode and TransferWithCacheKeyConfig in one-sided mode; a config without a
+        range of layers gets all. Without indices a row goes to a row (of a blocks cache its block 0); with both, block
+        src_block_indices[i] to block dst_block_indices[i]; with destinations only, the pieces of the row, each of
+        dst_block_memory_size bytes, to those blocks. Each layer has sync_kv_timeout of its own. The first failure ends the
+        transfer; the task tells its code, the log its cause. Raises before anything moves: TypeError, ValueError,
+        LLMException with LLM_PARAM_INVALID.
+        """
+        check_isinstance("src_cache", src_cache, Cache, allow_none=False)
+        return transfer_cache_async(
+            self._engine,
+            src_cache,
+            layer_synchronizer,
+            transfer_configs,
+            src_block_indices,
+            dst_block_indices,
+            dst_block_memory_size,
+            config_class=TransferWithCacheKeyConfig if self._enable_remote_cache_accessible else TransferConfig,
+        )
+
+    def remap_registered_memory(self, mem_infos: MemInfo | list[MemInfo]) -> None:
+        """Ask the transport to register device memory again. Where DEVICE is host memory nothing has to be done.
+
+        Raises LLMException: LLM_PARAM_INVALID for anything but infos of device memory, LLM_NOT_YET_LINK without a live link.
+        """
+        infos = [mem_infos] if isinstance(mem_infos, MemInfo) else mem_infos
+        raise_if_false(isinstance(infos, list), "mem_infos should be a MemInfo or a list of them")
+        for info in infos:
+            raise_if_false(isinstance(info, MemInfo), "mem_infos should hold MemInfo only, but got {!r}", info)
+            raise_if_false(info.mem_type == Memtype.MEM_TYPE_DEVICE, "mem_type of {!r} should be MEM_TYPE_DEVICE", info)
+            raise_if_true(info.addr == 0, "addr of {!r} should not be 0", info)
+            raise_if_false(info.size > 0, "size of {!r} should be positive", info)
+        for info in infos:
+            check_word("addr", info.addr)
+            check_word("size", info.size)
+        raise_if_false(infos, "mem_infos should not be empty")
+        self._engine.memory_remap()
 
     def copy_cache(
         self,
@@ -397,38 +543,38 @@ def _pack_ordinary_block(key: Any, cache: Any, src_blocks: Any, dst_blocks: Any)
         src, dst = src_blocks[0], dst_blocks[0]
         if not (type(src) is type(dst) is int and src >= 0 and dst >= 0):
             return None
-        ends = _pack_ends(key._cluster_id, _NORMAL_KEY, UINT64_MAX, key._model_id, 0, 0, cache._cache_id, 0, -1)
-        return ends + _ALL_LAYERS + _pack_two_blocks(src, dst)
+        ends = _pack_ends(key._cluster_id, NORMAL_KEY, UINT64_MAX, key._model_id, 0, 0, cache._cache_id, 0, -1)
+        return ends + _ORDINARY + _pack_two_blocks(src, dst)
     except (struct.error, IndexError):  # out of range; another thread has emptied a list
         return None
 
 
-def _name(
-    key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey,
-) -> tuple[int, int, int, int, int]:
-    """Return how the engine names a key: kind, id, model id, cache id, batch."""
-    if isinstance(key, BlocksCacheKey):
-        _check_word("cluster_id", key.cluster_id)
-        return _NORMAL_KEY, UINT64_MAX, _check_word("model_id", key.model_id), 0, 0
-    if isinstance(key, CacheKeyByIdAndIndex):
-        return _ID_KEY, 0, 0, key.cache_id, key.batch_index
-    if key.prefix_id != UINT64_MAX:
-        return _PREFIX_KEY, key.prefix_id, key.model_id, 0, 0
-    return _NORMAL_KEY, key.req_id, key.model_id, 0, 0
-
-
-def _per_layer(kwargs: dict[str, Any]) -> int:
+def per_layer_of(kwargs: dict[str, Any]) -> int:
+    """Return the keyword tensor_num_per_layer of a call."""
     if "tensor_num_per_layer" not in kwargs:
         return _DEFAULT_PER_LAYER
-    value: int = kwargs["tensor_num_per_layer"]
+    return _check_per_layer(kwargs["tensor_num_per_layer"])
+
+
+def _check_per_layer(value: int) -> int:
     check_uint32("tensor_num_per_layer", value)
     raise_if_false(value > 0, "tensor_num_per_layer should be positive")
     return value
 
 
-def _tensors(name: str, kwargs: dict[str, Any], per_layer: int) -> tuple[int, int]:
+def _pushed_layers(cache: Cache, src: range | None, dst: range | None, per_layer: int) -> tuple[range, range]:
+    """Check the layers of a push; those that are not named are all of the source's."""
+    _check_per_layer(per_layer)
+    check_layer_range("src_layer_range", src)
+    check_layer_range("dst_layer_range", dst)
+    every = range(cache.cache_desc.num_tensors // per_layer)
+    src, dst = src or every, dst or every
+    raise_if_false(len(src) == len(dst), "src_layer_range {} and dst_layer_range {} should be equally long", src, dst)
+    return src, dst
+
+
+def _tensors(name: str, layers: range | None, per_layer: int) -> tuple[int, int]:
     """Return the first tensor and the number of tensors of a range of layers; (-1, 0) for all."""
-    layers: range | None = kwargs.get(name)
     if layers is None:
         return -1, 0
     check_isinstance(name, layers, range)
@@ -442,7 +588,7 @@ def _tensors(name: str, kwargs: dict[str, Any], per_layer: int) -> tuple[int, in
 
 def _pack_desc(desc: CacheDesc, kind: int) -> array[int]:
     element_bytes = calc_tensor_size([1], desc.data_type.value)
-    return array("q", [kind, desc.num_tensors, element_bytes, int(desc.placement), *desc.shape])
+    return array("q", [kind, desc.num_tensors, element_bytes, int(desc.placement), desc.seq_len_dim_index, *desc.shape])
 
 
 def _key_words(key: CacheKey) -> tuple[int, int, int]:
@@ -457,14 +603,7 @@ def _pack_keys(keys: Sequence[CacheKey]) -> array[int]:
 
 
 def _pack_blocks_key(key: BlocksCacheKey | None) -> array[int]:
-    return array("Q", [] if key is None else [UINT64_MAX, _check_word("model_id", key.model_id), 0])
-
-
-def _check_word(name: str, value: int) -> int:
-    """Check a number of a BlocksCacheKey, which has no range of its own: what is no u64 is a TypeError of the native layer."""
-    if not 0 <= value <= UINT64_MAX:
-        raise TypeError(f"{name} should be in range [0, {UINT64_MAX}], but got {value}")
-    return value
+    return array("Q", [] if key is None else [UINT64_MAX, check_word("model_id", key.model_id), 0])
 
 
 def _pack_addrs(addrs: Sequence[int]) -> array[int]:

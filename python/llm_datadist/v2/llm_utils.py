@@ -7,9 +7,13 @@ from ..data_type import DataType
 from ..status import LLMStatusCode, raise_if_false, raise_if_true
 from ..utils.utils import UINT64_MAX, check_isinstance, check_uint32
 from .llm_types import CacheDesc, Placement, calc_tensor_size
+from .transfer import TransferAsyncThread, TransferCacheJob, TransferCacheParameters, transfer_cache_async
 
 __all__ = [
     "CacheDescParser",
+    "TransferAsyncThread",
+    "TransferCacheJob",
+    "TransferCacheParameters",
     "calc_tensor_size",
     "clone_cache_desc",
     "is_invalid_id",
@@ -17,6 +21,7 @@ __all__ = [
     "layer_range_to_tensor_indices",
     "parse_listen_ip_info",
     "to_data_type",
+    "transfer_cache_async",
     "verify_cache_shape",
 ]
 
