@@ -66,7 +66,7 @@ func EventsClose() int64 { backend.CloseEvents(); return 0 }
 // EventsWake makes the descriptor readable without a line, and returns 0.
 func EventsWake() int64 { backend.WakeEvents(); return 0 }
 
-// EventsTake returns the waiting lines as a JSON array of objects (level, text, cluster, cause); "" for none.
+// EventsTake returns the waiting lines as a JSON array of objects (level, text, engine, cluster, cause); "" for none.
 func EventsTake() string { return backend.TakeEvents() }
 
 // EngineOpen makes an engine from its cluster id, its options and its environment, both JSON objects of strings, under a handle that
@@ -102,6 +102,26 @@ func Explain(handle, cluster int64) string {
 // SwitchRole makes the engine listen on "ip:port", or stop listening for "".
 func SwitchRole(handle int64, address string) int64 {
 	return with(handle, func(e *engine.Engine) (int64, error) { return 0, e.SwitchRole(address) })
+}
+
+// Links returns the live links as a JSON array of objects (cluster, address); "" for an unknown handle.
+func Links(handle int64) string {
+	e, err := backend.Engine(handle)
+	if err != nil {
+		return ""
+	}
+	text, err := json.Marshal(e.Links())
+	if err != nil {
+		return ""
+	}
+	return string(text)
+}
+
+// LinkCheckStart waits until nothing is under way on a link, then for an answer of its peer; for llm.SyncKvCacheWaitTime together.
+func LinkCheckStart(number, handle, waitMillis, cluster int64) int64 {
+	return start(number, handle, waitMillis, backend.Timeout(handle), func(ctx context.Context, e *engine.Engine) (string, error) {
+		return "", e.CheckLink(ctx, uint64(cluster))
+	})
 }
 
 // LinkStart links to clusters, a JSON array of (id or null, local ips, remote "ip:port"s). The operation leaves a JSON array of codes.
@@ -231,8 +251,14 @@ const (
 	pullDstFirst
 	pullDstCount
 	pullPerLayer
+	pullSrcOffset
+	pullDstOffset
+	pullFlags
 	pullWords
 )
+
+// pullExact, of pullFlags: the offsets were given.
+const pullExact = 1
 
 // PullStart starts pull_cache or pull_blocks. params has the words above; src and dst are block ids.
 func PullStart(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) int64 {
@@ -258,6 +284,7 @@ func pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) *engine.Pu
 		Cache: int64(p[pullCache]),
 		Plan: plan.Request{
 			SrcTensors: tensors(p[pullSrcFirst], p[pullSrcCount]), DstTensors: tensors(p[pullDstFirst], p[pullDstCount]),
+			SrcOffset: p[pullSrcOffset], DstOffset: p[pullDstOffset], Exact: p[pullFlags]&pullExact != 0,
 			DstBatch: p[pullBatch], Size: int64(p[pullSize]), SrcBlocks: appendWords(src, srcAddr, srcCount), DstBlocks: appendWords(dst, dstAddr, dstCount),
 		},
 		TensorsPerLayer: uint32(p[pullPerLayer]),
@@ -325,11 +352,12 @@ func SwapBlocksStart(number, handle, waitMillis, dstAddr, srcAddr, tensorCount, 
 	})
 }
 
-// desc unpacks a description: kind (1 contiguous, 2 blocks), tensors, element bytes, placement (0 host, 1 device), then the dims.
+// desc unpacks a description: kind (1 contiguous, 2 blocks), tensors, element bytes, placement (0 host, 1 device), which dimension is
+// the sequence (-1: not said), then the dims.
 func desc(addr, count int64) cache.Desc {
-	const fixed = 4
+	const fixed = 5
 	w := words(addr, count)
-	d := cache.Desc{Kind: plan.Kind(w[0]), Tensors: uint32(w[1]), ElementBytes: w[2], Placement: cache.Placement(w[3])}
+	d := cache.Desc{Kind: plan.Kind(w[0]), Tensors: uint32(w[1]), ElementBytes: w[2], Placement: cache.Placement(w[3]), SeqLenDim: int32(w[4])}
 	for _, dim := range w[fixed:] {
 		d.Dims = append(d.Dims, int64(dim))
 	}

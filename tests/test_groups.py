@@ -89,6 +89,7 @@ def ready(end):
     return end.engine
 
 
+@pytest.mark.parity("engine.link", "engine.unlink", "engine.query_register_mem_status")
 @pytest.mark.parametrize("clusters", [(THEIRS, OURS), (OURS, THEIRS)], ids=["they are rank 0", "we are rank 0"])
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_both_ends_pull_when_a_group_is_linked(local, remote, port, clusters, first):
@@ -108,6 +109,7 @@ def test_both_ends_pull_when_a_group_is_linked(local, remote, port, clusters, fi
     refused(pulls, local, THEIRS)
 
 
+@pytest.mark.parity("engine.link")
 def test_three_members(local, remote, port):
     with Peer() as third:
         ends = {OURS: local, THEIRS: remote, THIRD: third}
@@ -137,6 +139,7 @@ def test_the_older_of_two_groups_leaves_the_link_to_the_newer(local, remote, por
     refused(pulls, local, THEIRS)
 
 
+@pytest.mark.parity("engine.query_register_mem_status")
 def test_a_member_that_never_comes_fails_the_group(local, port, caplog):
     local.open(OURS, listen=None, rendezvous_port=port, link_total_time=1)
     logger = log.get_logger()
@@ -159,6 +162,7 @@ def test_a_member_that_never_comes_fails_the_group(local, port, caplog):
         logger.removeHandler(caplog.handler)
 
 
+@pytest.mark.parity("engine.unlink")
 def test_unlink_ends_a_preparation(local, port):
     start(local, OURS, port)
     comm_id = join(local, OURS, THEIRS)
@@ -188,6 +192,7 @@ def test_a_table_without_ranks_fails_the_group(local):
     assert "the rank table has no device" in engine.explain(3)
 
 
+@pytest.mark.parity("manager.set_is_call_linked")
 def test_only_link_changes_what_registrations_are_by_default(local, remote, port):
     start(local, OURS, port)
     link_info = local.manager._is_call_linked
@@ -227,6 +232,7 @@ BAD_LINKS = [
 ]
 
 
+@pytest.mark.parity("engine.link")
 @pytest.mark.parametrize(("arguments", "raised"), BAD_LINKS, ids=str)
 def test_arguments_of_link(local, arguments, raised):
     with pytest.raises(raised):
@@ -252,6 +258,7 @@ def test_groups_that_can_not_be(local, members, text, code):
     assert failure.operation == "link" and failure.cause
 
 
+@pytest.mark.parity("engine.unlink", "engine.query_register_mem_status")
 @pytest.mark.parametrize("call", ["unlink", "query_register_mem_status"])
 def test_arguments_of_unlink_and_query(local, call):
     with pytest.raises(RuntimeError):
@@ -278,18 +285,22 @@ def test_link_needs_an_engine_in_cache_manager_mode():
     try:
         with pytest.raises(LLMException):
             engine.link(None, None, None)
+        refused(engine.unlink, 1)
+        refused(engine.query_register_mem_status, 1)
     finally:
         engine.finalize()
 
 
+@pytest.mark.parity("failure.not_enabled")
 def test_the_hixl_backend_has_no_groups(local):
-    local.open(OURS, transfer_backend="hixl")
+    local.open(OURS, one_sided=True, transfer_backend="hixl")
     refused(local.engine.link, "n", NAMES, table(2), code=NOT_ENABLED)
     refused(local.engine.unlink, 1, code=NOT_ENABLED)
     refused(local.engine.query_register_mem_status, 1, code=NOT_ENABLED)
     assert not local.manager._is_call_linked
 
 
+@pytest.mark.parity("manager.remap_registered_memory")
 def test_remap_needs_a_live_link(local, remote, port):
     start(local, OURS, port)
     refused(local.engine._engine.remap)

@@ -36,6 +36,7 @@ U64MAX = 2**64 - 1
 DESC = CacheDesc(1, [4, 4], DataType.DT_INT8)
 NORMAL, PREFIX, BY_ID = 1, 2, 3  # kinds of keys
 ALL = -1, 0
+NO_OFFSETS = [0, 0, 0]
 ONE_SIDED = {"llm.EnableRemoteCacheAccessible": "1"}
 
 
@@ -119,8 +120,10 @@ class Engine:
 
     def pull(self, operation, words, src_count, dst_count):
         words = unpack(words)
-        assert len(words) == 14 + src_count + dst_count
-        self.pulled = operation, words[:14], words[14 : 14 + src_count], words[14 + src_count :]
+        blocks = words[14 + len(NO_OFFSETS) :]
+        assert words[14 : 14 + len(NO_OFFSETS)] == NO_OFFSETS
+        assert len(blocks) == src_count + dst_count
+        self.pulled = operation, words[:14], blocks[:src_count], blocks[src_count:]
 
 
 def unpack(packed):

@@ -17,70 +17,35 @@ from llm_datadist import (
     DataType,
     KvCache,
     KvCacheManager,
-    LLMConfig,
     LLMDataDist,
     LLMException,
     LLMRole,
     LLMStatusCode,
     Placement,
 )
-from peers import ADDRESS, Background, Peer, cluster, desc, memory_at, pattern
-
-SUCCESS = LLMStatusCode.LLM_SUCCESS
-PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
-NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
-NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
-
-PROMPT, DECODER = 1, 2  # cluster ids
-U64MAX = 2**64 - 1
-BUDGET = 1 << 20
-KEY = CacheKey(PROMPT, req_id=1)
-
-# The documented example of the prompt's side, in a process of its own.
-SERVE = """
-from llm_datadist import *
-config = LLMConfig()
-config.device_id, config.listen_ip_info = 0, "127.0.0.1:0"
-end.engine = LLMDataDist(LLMRole.PROMPT, 1)
-end.engine.init(config.generate_options())
-end.kv_caches = []
-result = end.engine.listen_address
-"""
-OFFER = """
-from peers import memory_at, pattern
-cache = end.engine.kv_cache_manager.allocate_cache(described, keys)
-for tensor, addr in enumerate(cache.per_device_tensor_addrs[0]):
-    view = memory_at(addr, described.size)
-    view[:] = pattern(number, tensor, view.size)
-end.kv_caches.append(cache)
-result = cache.cache_id
-"""
-
-
-def settings(role=LLMRole.DECODER, **given):
-    config = LLMConfig()
-    config.device_id = 0
-    config.ge_options = {"ge.flowGraphMemMaxSize": str(given.pop("budget", BUDGET))}
-    if role is LLMRole.PROMPT:
-        config.listen_ip_info = ADDRESS
-    for name, value in given.items():
-        setattr(config, name, value)
-    return config.generate_options()
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
-
-
-def opened(role, cluster_id=DECODER, **given):
-    engine = LLMDataDist(role, cluster_id)
-    engine.init(settings(role, **given))
-    return engine
+from llm_datadist.v2.cache_manager import CacheManager
+from older import (
+    BUDGET,
+    DECODER,
+    FILL_THE_BUDGET,
+    KEY,
+    NOT_EXIST,
+    NOT_YET_LINK,
+    OFFER,
+    OFFER_BLOCKS,
+    PARAM_INVALID,
+    PLACEHOLDER,
+    PROMPT,
+    SERVE,
+    SUCCESS,
+    TRY_TO_ALLOCATE,
+    U64MAX,
+    content,
+    fill,
+    opened,
+    refused,
+)
+from peers import ADDRESS, Background, Peer, cluster, desc, pattern
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +83,10 @@ def solo():
         engine.finalize()
 
 
-def content(cache, tensor=0):
-    return memory_at(cache.per_device_tensor_addrs[0][tensor], cache.cache_desc.size)
-
-
-def fill(cache, number):
-    for tensor in range(cache.cache_desc.num_tensors):
-        view = content(cache, tensor)
-        view[:] = pattern(number, tensor, view.size)
-
-
 # --- between two processes
 
 
+@pytest.mark.parity("kv_manager.owning", "kv_manager.pulls")
 def test_the_documented_example(prompt):
     process, address = prompt
     described = CacheDesc(4, [4, 256], DataType.DT_FLOAT16)
@@ -149,26 +105,161 @@ def test_the_documented_example(prompt):
     assert not decoder._is_initialized
 
 
-def test_a_link_needs_no_local_ip_here(prompt, decoder):
-    _, address = prompt
-    assert decoder.link_clusters([cluster(address, PROMPT, local=None)], 5000) == (SUCCESS, [SUCCESS])
-
-
+@pytest.mark.parity("kv_manager.pulls")
 def test_a_pull_releases_its_key_and_a_prefix_key_stays(prompt, decoder):
     process, address = prompt
     prefix = CacheKey(PROMPT, req_id=U64MAX, prefix_id=7)
-    cache_id = process.run(OFFER, described=desc([2, 8]), keys=[KEY, prefix], number=1)
+    process.run(OFFER, described=desc([2, 8]), keys=[KEY], number=1)
+    cache_id = process.run(OFFER, described=desc([2, 8]), keys=[PLACEHOLDER, prefix], number=2)
     assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
     manager = decoder.kv_cache_manager
     cache = manager.allocate_cache(desc([2, 8]))
-    fill(cache, 50)
-    manager.pull_cache(KEY, cache, 0, 5)
-    assert np.array_equal(content(cache)[:5], pattern(1, 0, 16)[:5])
+    manager.pull_cache(KEY, cache, 0)
+    assert np.array_equal(content(cache)[:8], pattern(1, 0, 16)[:8])
     refused(manager.pull_cache, KEY, cache, code=NOT_EXIST)
     for _ in range(2):
         manager.pull_cache(prefix, cache, 1)
         manager.pull_cache(CacheKeyByIdAndIndex(PROMPT, cache_id, 1), cache, 1)
-    assert np.array_equal(content(cache)[8:], pattern(1, 0, 16)[8:])
+    assert np.array_equal(content(cache)[8:], pattern(2, 0, 16)[8:])
+
+
+@pytest.mark.parity("kv_manager.pulls")
+@pytest.mark.parametrize(("seq_len_dim", "moved"), [(-1, 8), (0, 8), (1, 5)])
+def test_a_pull_by_key_moves_the_whole_row_unless_the_sequence_is_behind_the_batch(prompt, decoder, seq_len_dim, moved):
+    process, address = prompt
+    described = CacheDesc(1, [2, 8], DataType.DT_INT8, seq_len_dim_index=seq_len_dim)
+    cache_id = process.run(OFFER, described=described, keys=[PLACEHOLDER, KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([2, 10]))
+    fill(cache, 50)
+    expected = pattern(50, 0, 20)
+    manager.pull_cache(CacheKeyByIdAndIndex(PROMPT, cache_id, 0), cache, 0, 5)  # by id: what is asked for
+    expected[:5] = pattern(1, 0, 16)[:5]
+    assert np.array_equal(content(cache), expected)
+    manager.pull_cache(KEY, cache, 1, 5)
+    expected[10 : 10 + moved] = pattern(1, 0, 16)[8 : 8 + moved]
+    assert np.array_equal(content(cache), expected)
+
+
+def test_a_whole_row_that_does_not_fit_moves_nothing(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 6]))
+    fill(cache, 50)
+    refused(decoder.kv_cache_manager.pull_cache, KEY, cache, 0, 4)
+    assert np.array_equal(content(cache), pattern(50, 0, 6))
+
+
+@pytest.mark.parity("kv_manager.pulls")
+def test_offsets_move_what_they_say_and_release_nothing(prompt, decoder):
+    process, address = prompt
+    process.run(OFFER, described=desc([2, 16], 3), keys=[PLACEHOLDER, KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([3, 12], 3))
+    fill(cache, 50)
+    expected = [pattern(50, tensor, 36) for tensor in range(3)]
+    for offsets, size, src, dst, moved in [
+        ({"src_cache_offset": 3, "dst_cache_offset": 2}, 7, 3, 2, 7),
+        ({"dst_cache_offset": 9}, -1, 0, 9, 3),
+        ({"src_cache_offset": 4}, -1, 4, 0, 12),
+        ({"src_cache_offset": 0}, 1, 0, 0, 1),  # an offset of 0 counts as given
+    ]:
+        manager.pull_cache(KEY, cache, 2, size, **offsets)
+        for tensor in range(3):
+            expected[tensor][24 + dst : 24 + dst + moved] = pattern(1, tensor, 32)[16 + src : 16 + src + moved]
+            assert np.array_equal(content(cache, tensor), expected[tensor])
+    for offsets, size in [
+        ({"dst_cache_offset": 12}, -1),
+        ({"dst_cache_offset": 2**63 - 1}, -1),
+        ({"dst_cache_offset": 5}, 8),
+        ({"src_cache_offset": 5}, -1),
+        ({"src_cache_offset": 16}, 1),
+        ({"src_cache_offset": 2**63 - 1}, 1),
+    ]:
+        refused(manager.pull_cache, KEY, cache, 2, size, **offsets)
+    manager.pull_cache(KEY, manager.allocate_cache(desc([1, 16], 3)))  # which releases it
+    refused(manager.pull_cache, KEY, cache, 2, 1, src_cache_offset=0, code=NOT_EXIST)
+    for tensor in range(3):
+        assert np.array_equal(content(cache, tensor), expected[tensor])
+
+
+def test_a_pull_by_id_with_offsets_keeps_the_key_that_one_without_releases(prompt, decoder):
+    process, address = prompt
+    cache_id = process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([1, 8]))
+    by_id = CacheKeyByIdAndIndex(PROMPT, cache_id)
+    manager.pull_cache(by_id, cache, size=1, src_cache_offset=0)
+    manager.pull_cache(by_id, cache)
+    refused(manager.pull_cache, KEY, cache, code=NOT_EXIST)
+    assert np.array_equal(content(cache), pattern(1, 0, 8))
+
+
+def test_keys_of_one_allocation_are_looked_at_together(prompt, decoder):
+    process, address = prompt
+    keys = [CacheKey(PROMPT, 1, 5), CacheKey(PROMPT, 2, 6), CacheKey(PROMPT, 1, 7)]
+    process.run(OFFER, described=desc([3, 8]), keys=keys, number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_cache(desc([1, 8]))
+    refused(manager.pull_cache, CacheKey(PROMPT, 2, 6), cache, code=NOT_EXIST)  # all have the first one's model
+    for key, row in ((CacheKey(PROMPT, 1, 5), 2), (CacheKey(PROMPT, 2, 5), 1)):  # the last row of a repeated key
+        manager.pull_cache(key, cache)
+        assert np.array_equal(content(cache), pattern(1, 0, 24)[8 * row : 8 * row + 8])
+    prefixes = [CacheKey(PROMPT, 3), CacheKey(PROMPT, U64MAX, prefix_id=4)]
+    process.run(OFFER, described=desc([2, 8]), keys=prefixes, number=2)
+    refused(manager.pull_cache, CacheKey(PROMPT, 3), cache, code=NOT_EXIST)  # all are prefix keys, as the last one is
+    manager.pull_cache(CacheKey(PROMPT, U64MAX, prefix_id=3), cache)
+    assert np.array_equal(content(cache), pattern(2, 0, 16)[:8])
+
+
+@pytest.mark.parity("kv_manager.owning", "kv_manager.pulls")
+def test_blocks_are_pulled_by_key_and_by_id(prompt, decoder):
+    process, address = prompt
+    cache_id = process.run(OFFER_BLOCKS, described=desc([6, 4], 2), key=BlocksCacheKey(PROMPT, 3), number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    manager = decoder.kv_cache_manager
+    cache = manager.allocate_blocks_cache(desc([4, 4], 2))
+    fill(cache, 50)
+    expected = [pattern(50, tensor, 16).reshape(4, 4) for tensor in range(2)]
+    for key, src, dst in [(BlocksCacheKey(PROMPT, 3), [5, 1], [0, 3]), (CacheKeyByIdAndIndex(PROMPT, cache_id), [0], [1])]:
+        for _ in range(2):  # which releases nothing
+            manager.pull_blocks(key, cache, src, dst)
+        for tensor in range(2):
+            expected[tensor][dst] = pattern(1, tensor, 24).reshape(6, 4)[src]
+            assert np.array_equal(content(cache, tensor).reshape(4, 4), expected[tensor])
+    refused(manager.pull_blocks, BlocksCacheKey(PROMPT, 3), cache, [6], [0])
+    refused(manager.pull_blocks, BlocksCacheKey(PROMPT, 4), cache, [0], [0], code=NOT_EXIST)
+
+
+def test_both_ends_may_have_the_same_cluster_id(transport):
+    with Peer() as process:
+        address = process.run(SERVE.replace("LLMRole.PROMPT, 1", "LLMRole.PROMPT, 0"))
+        process.run(OFFER, described=desc([1, 8]), keys=[CacheKey(0, 1)], number=1)
+        decoder = opened(LLMRole.DECODER, 0)
+        manager = decoder.kv_cache_manager
+        cache = manager.allocate_cache(desc([1, 8]))
+        refused(manager.pull_cache, CacheKey(0, 1), cache, code=NOT_YET_LINK)
+        assert decoder.link_clusters([cluster(address, 0)], 5000) == (SUCCESS, [SUCCESS])
+        manager.pull_cache(CacheKey(0, 1), cache)
+        assert np.array_equal(content(cache), pattern(1, 0, 8))
+        decoder.finalize()
+        process.run("del end.kv_caches[:]")
+
+
+def test_memory_is_there_again_as_soon_as_a_peer_has_pulled(prompt, decoder):
+    process, address = prompt
+    process.run(FILL_THE_BUDGET, described=desc([1, 15 << 16]), keys=[KEY], number=1)
+    assert process.run(TRY_TO_ALLOCATE, described=desc([1, 15 << 16])) is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 15 << 16]))
+    decoder.kv_cache_manager.pull_cache(KEY, cache)
+    assert process.run(TRY_TO_ALLOCATE, described=desc([1, 15 << 16])) is SUCCESS
+    assert np.array_equal(content(cache), pattern(1, 0, 15 << 16))
 
 
 def test_layers_are_pulled_one_by_one(prompt, decoder):
@@ -210,6 +301,7 @@ def test_a_deadline_is_the_older_code(prompt, decoder):
     assert np.array_equal(content(cache), pattern(1, 0, 8))
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_a_removed_key_can_not_be_pulled(prompt, decoder):
     process, address = prompt
     process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
@@ -236,6 +328,7 @@ def test_a_cache_that_goes_out_of_scope_answers_until_its_key_is_released(prompt
 # --- roles and arguments
 
 
+@pytest.mark.parity("kv_manager.owning")
 @pytest.mark.parametrize("role", [LLMRole.DECODER, LLMRole.MIX])
 def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
     manager = solo(role)
@@ -245,6 +338,7 @@ def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
     assert manager.allocate_cache(desc([1, 8])).per_device_tensor_addrs
 
 
+@pytest.mark.parity("kv_manager.pulls")
 @pytest.mark.parametrize("role", [LLMRole.PROMPT, LLMRole.MIX])
 def test_only_a_decoder_pulls(solo, role):
     manager = solo(role)
@@ -293,7 +387,13 @@ PULLS = [
     ((KEY, "cache", 1), {}, LLMException, PARAM_INVALID),
     ((KEY, "cache", 0, 9), {}, LLMException, PARAM_INVALID),
     ((KEY, "cache"), {}, LLMException, NOT_YET_LINK),
-    ((CacheKey(DECODER, 1), "cache"), {}, LLMException, PARAM_INVALID),
+    ((CacheKey(DECODER, 1), "cache"), {}, LLMException, NOT_YET_LINK),
+    ((KEY, "cache", 0, 9), {"src_cache_offset": -1}, ValueError, None),
+    ((KEY, "cache", 0, 0), {"src_cache_offset": -1}, LLMException, PARAM_INVALID),
+    ((CacheKey(1, U64MAX), "cache"), {"dst_cache_offset": 2**63}, ValueError, None),
+    ((KEY, "cache"), {"dst_cache_offset": "0"}, TypeError, None),
+    ((KEY, "cache"), {"dst_cache_offset": 8}, LLMException, PARAM_INVALID),
+    ((KEY, "cache"), {"src_cache_offset": None}, LLMException, NOT_YET_LINK),
 ]
 
 
@@ -309,15 +409,24 @@ def test_pull_refuses_before_a_byte_moves(solo, arguments, kwargs, error, code):
     assert np.array_equal(content(cache), pattern(50, 0, 8))
 
 
-def test_check_cache_key():
-    KvCacheManager.check_cache_key(KEY)
+@pytest.mark.parametrize(
+    "manager",
+    [
+        pytest.param(CacheManager, marks=pytest.mark.parity("manager.check_cache_key")),
+        pytest.param(KvCacheManager, marks=pytest.mark.parity("kv_manager.check_cache_key")),
+    ],
+)
+def test_check_cache_key(manager):
+    for good in (KEY, CacheKey(1, U64MAX, prefix_id=1)):
+        manager.check_cache_key(good)
     for bad in (CacheKey(1, U64MAX), CacheKey(1, 1, prefix_id=1)):
-        refused(KvCacheManager.check_cache_key, bad)
+        refused(manager.check_cache_key, bad)
 
 
 # --- memory
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_the_budget_is_what_the_options_say(solo):
     manager = solo(LLMRole.PROMPT, budget=BUDGET, mem_utilization=0.5)
     caches = [manager.allocate_cache(desc([1, 1 << 16])) for _ in range(8)]
@@ -328,7 +437,7 @@ def test_the_budget_is_what_the_options_say(solo):
 
 
 def test_the_default_budget_is_there():
-    engine = LLMDataDist(LLMRole.PROMPT, 1)
+    engine = LLMDataDist(LLMRole.DECODER, 1)
     engine.init({"ge.exec.deviceId": "0"})
     manager = engine.kv_cache_manager
     cache = manager.allocate_cache(desc([1, 64 << 20]))
@@ -337,6 +446,7 @@ def test_the_default_budget_is_there():
     assert not manager.is_initialized()
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_a_deallocated_cache_is_empty_and_unknown(solo):
     manager = solo(LLMRole.PROMPT)
     cache = manager.allocate_cache(desc([1, 8], 3))
@@ -349,6 +459,7 @@ def test_a_deallocated_cache_is_empty_and_unknown(solo):
     refused(manager.deallocate_cache, KvCache.create_cpu_cache(desc([1], placement=Placement.HOST), [1]))
 
 
+@pytest.mark.parity("type.kv_cache_del")
 def test_a_cache_that_goes_out_of_scope_is_freed_by_the_next_call(solo):
     manager = solo(LLMRole.PROMPT)
     whole = desc([1, 15 << 16])
@@ -356,9 +467,9 @@ def test_a_cache_that_goes_out_of_scope_is_freed_by_the_next_call(solo):
         cache = manager.allocate_cache(whole)
         del cache
         gc.collect()
-        assert len(manager._released) == 1  # only queued: __del__ may run anywhere
+        assert len(manager._released.ids) == 1  # only queued: __del__ may run anywhere
     manager.remove_cache_key(KEY)
-    assert not manager._released
+    assert not manager._released.ids
 
 
 def test_a_cache_may_go_out_of_scope_on_any_thread(solo):
@@ -378,9 +489,10 @@ def test_a_deallocated_cache_is_not_freed_again_when_it_goes_out_of_scope(solo):
     manager.deallocate_cache(cache)
     del cache
     gc.collect()
-    assert not manager._released
+    assert not manager._released.ids
 
 
+@pytest.mark.parity("type.kv_cache_del")
 def test_a_cache_may_outlive_its_engine():
     engine = opened(LLMRole.PROMPT)
     manager = engine.kv_cache_manager
@@ -389,7 +501,7 @@ def test_a_cache_may_outlive_its_engine():
     refused(manager.deallocate_cache, cache)
     del cache
     gc.collect()
-    assert not manager._released
+    assert not manager._released.ids
     refused(manager.allocate_cache, desc([1, 8]), code=LLMStatusCode.LLM_FAILED)
 
 

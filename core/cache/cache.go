@@ -46,6 +46,7 @@ type Desc struct {
 	Dims         []int64
 	ElementBytes uint64
 	Placement    Placement
+	SeqLenDim    int32 // which dimension is the sequence; -1: not said
 }
 
 // maxRank is the largest number of dimensions of a tensor (spec §8.1).
@@ -118,6 +119,7 @@ type Entry struct {
 	Generation uint64
 	Shape      plan.Shape
 	Placement  Placement
+	SeqLenDim  int32
 	Addrs      []uintptr
 	Owned      bool // allocated from a pool
 	Accessible bool // reachable by peers in one-sided mode

@@ -20,8 +20,8 @@ type Lookup struct {
 	Generation uint64
 	// OneSided is the mode of the link: nothing is consumed, and the cache has to be accessible.
 	OneSided bool
-	// BlocksToBlocks pulls never consume a key.
-	BlocksToBlocks bool
+	// BlocksToBlocks pulls never consume a key, nor do Exact ones.
+	BlocksToBlocks, Exact bool
 }
 
 // Source is a peer's pull, resolved. It ends with Done or Drop, whichever comes first. A source that consumes a key is a lease: the
@@ -107,9 +107,9 @@ func (t *Table) resolve(l Lookup, s *Source) error {
 	return nil
 }
 
-// consumable says whether a success releases the key (spec §8.5.5).
+// consumable says whether a success releases the key (spec §8.5.5, §9.5).
 func (s *Source) consumable(l Lookup) bool {
-	return !l.OneSided && !l.BlocksToBlocks && s.entry.Owned && s.entry.Shape.Kind == plan.Contiguous && !s.key.Prefix
+	return !l.OneSided && !l.BlocksToBlocks && !l.Exact && s.entry.Owned && s.entry.Shape.Kind == plan.Contiguous && !s.key.Prefix
 }
 
 // Entry returns what was found. It may be withdrawn at any time.

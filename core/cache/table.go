@@ -15,6 +15,9 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
 
+// ErrKeyInUse is why an allocation is refused whose key another cache has.
+var ErrKeyInUse = errors.New("the key is in use")
+
 // Table is the owner's table of caches: what peers and local calls can name. Its methods may be called from any goroutine. It has no
 // goroutine of its own: what a release has to clean up is done by the one who releases.
 type Table struct {
@@ -177,7 +180,7 @@ func (t *Table) checkAllocateKeys(e *Entry, keys []Key) error {
 			return invalid("key %+v is there twice", key)
 		}
 		if old := t.keys[key]; old != nil {
-			return invalid("key %+v is bound to cache %d", key, old.entry.ID)
+			return invalid("%w: %s leads to cache %d", ErrKeyInUse, key, old.entry.ID)
 		}
 		seen[key] = struct{}{}
 	}
@@ -204,6 +207,7 @@ func (t *Table) draw(desc Desc) (*Entry, error) {
 		Generation: t.generation,
 		Shape:      shape,
 		Placement:  desc.Placement,
+		SeqLenDim:  desc.SeqLenDim,
 		holds:      holds{idle: make(chan struct{})},
 		life:       life,
 		end:        end,

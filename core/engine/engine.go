@@ -62,6 +62,7 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
 		return nil, err
 	}
+	e.announceLoopback()
 	incarnation := newIncarnation()
 	if err := e.openShare(incarnation); err != nil {
 		return nil, errors.Join(err, e.table.Close())
@@ -86,7 +87,7 @@ func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
 		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
-		Gift: e.gift, Attach: e.attach, Event: e.parts.Event,
+		Gift: e.gift, Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
 	}
 }
 
@@ -170,13 +171,18 @@ func (e *Engine) Register(desc cache.Desc, addrs []uintptr, keys []cache.Key, ac
 func (e *Engine) Allocate(desc cache.Desc, keys []cache.Key) (int64, []uintptr, error) {
 	entry, err := e.table.Allocate(desc, keys)
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, e.allocateFailure(err)
 	}
 	return entry.ID, entry.Addrs, nil
 }
 
-// Deallocate gives up the owner's hold on an allocated cache. Unknown and registered ids are fine.
-func (e *Engine) Deallocate(id int64, blocks bool) error { return e.table.Deallocate(id, blocks) }
+// Deallocate gives up the owner's hold on an allocated cache. Unknown and registered ids are fine, outside v1 mode.
+func (e *Engine) Deallocate(id int64, blocks bool) error {
+	if !e.options.CacheManager {
+		return e.deallocateOlder(id)
+	}
+	return e.table.Deallocate(id, blocks)
+}
 
 // RemoveKey unbinds a key. An unknown one is fine.
 func (e *Engine) RemoveKey(key cache.Key) error { return e.table.RemoveKey(key) }
@@ -228,12 +234,12 @@ func (o *owner) Open(req *transport.Request) (transport.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	lookup.OneSided, lookup.BlocksToBlocks = o.options.OneSided, len(req.Plan.SrcBlocks) > 0
+	lookup.OneSided, lookup.BlocksToBlocks, lookup.Exact = o.options.OneSided, len(req.Plan.SrcBlocks) > 0, req.Plan.Exact
 	source, err := o.table.Open(lookup)
 	if err != nil {
 		return nil, err
 	}
-	return held{source}, nil
+	return held{source, o.movesWhole(req, source.Entry())}, nil
 }
 
 // lookupOf translates how a peer names a cache.
@@ -253,7 +259,13 @@ func lookupOf(key transport.Key) (cache.Lookup, error) {
 }
 
 // held shows a source of the table to a transport.
-type held struct{ *cache.Source }
+type held struct {
+	*cache.Source
+	whole bool
+}
+
+// Whole implements transport.Source.
+func (h held) Whole() bool { return h.whole }
 
 // Shape implements transport.Source.
 func (h held) Shape() plan.Shape { return h.Entry().Shape }

@@ -79,6 +79,8 @@ type group struct {
 	digest  [32]byte
 	fresh   map[uint64]bool // clusters that were not linked when the preparation began
 
+	gathering *link.Gathering // of the preparation at the root
+
 	ctx    context.Context // of the preparation
 	cancel context.CancelCauseFunc
 	done   chan struct{} // closed when the preparation has ended
@@ -98,6 +100,15 @@ func (e *Engine) GroupLink(name string, members []GroupMember, table string) (ui
 	if err != nil {
 		return 0, err
 	}
+	id, err := e.begin(g)
+	if err == nil && e.loopback() {
+		<-g.done // no peer is waited for
+	}
+	return id, err
+}
+
+// begin enters a group and begins its preparation.
+func (e *Engine) begin(g *group) (uint64, error) {
 	s := &e.groups
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -337,6 +348,9 @@ func (e *Engine) event(level link.Level, text string, cause error) {
 
 // prepare links this member to every other one.
 func (g *group) prepare() error {
+	if g.e.loopback() {
+		return g.linkBack()
+	}
 	own, err := g.table.at(g.members[g.self].Rank)
 	if err != nil {
 		return err
@@ -346,6 +360,9 @@ func (g *group) prepare() error {
 		return err
 	}
 	attendees, err := g.meet(own, self)
+	if g.gathering != nil {
+		defer g.gathering.Close() // when we have our links, every member has had the roster
+	}
 	if err != nil {
 		return err
 	}
@@ -360,6 +377,16 @@ func (g *group) prepare() error {
 	for _, failure := range failures {
 		if failure != nil {
 			return failure // one of several: those of dials are in the log as well
+		}
+	}
+	return nil
+}
+
+// linkBack is prepare where this engine stands for every other member.
+func (g *group) linkBack() error {
+	for _, m := range g.others() {
+		if err := g.e.linkBack(m.Cluster); err != nil && status.CodeOf(err) != status.AlreadyLink {
+			return err
 		}
 	}
 	return nil
@@ -406,17 +433,16 @@ func (g *group) meet(own rankPlace, self link.Attendee) ([]link.Attendee, error)
 		}
 		return g.e.links.Announce(g.ctx, addresses, meeting, self)
 	}
-	var gathering *link.Gathering
 	err = g.tries(func(context.Context) error {
 		return onLocal(own.ips, func(ip string) (err error) {
-			gathering, err = g.e.links.Gather(net.JoinHostPort(ip, port), meeting, self)
+			g.gathering, err = g.e.links.Gather(net.JoinHostPort(ip, port), meeting, self)
 			return err
 		})
 	})
 	if err != nil {
 		return nil, err
 	}
-	return gathering.Wait(g.ctx)
+	return g.gathering.Wait(g.ctx)
 }
 
 // join links to one other member: the one with the higher rank dials. A link that lives counts, where it is to the engine that has

@@ -15,6 +15,7 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/link"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
 )
 
 // What link, unlink and query_register_mem_status answer (spec §7.4, §7.5).
@@ -245,6 +246,45 @@ func TestMemberThatDiesInMidPreparationGivesItsPlaceToItsSuccessor(t *testing.T)
 		}
 		requirePulls(tm.nodes[2], tm.nodes[1])
 	})
+}
+
+// Whatever breaks, a preparation ends within its time, and what it leaves is in nobody's way.
+func TestGroupsUnderFaultsBySeed(t *testing.T) {
+	states := map[GroupState]int{}
+	for seed := range uint64(seeds) {
+		overBubble.run(t, seed, func(w *world) {
+			const total = 10 * time.Second
+			tm := w.team(3, func(o *Options) { o.LinkTotal, o.LinkTries = total, 5 })
+			w.network.SetFaults(fabric.Faults{
+				Latency: 5 * time.Millisecond, Jitter: 50 * time.Millisecond, Loss: 0.1, Tear: 20, CutWithin: 2000, Refuse: 0.3,
+			})
+			for i := range tm.nodes {
+				tm.link(i, "in the storm")
+			}
+			w.pass(total + 2*time.Second)
+			for _, n := range tm.nodes {
+				require.NotEqual(w.t, GroupPreparing, n.state(1), "seed %d", seed)
+				states[n.state(1)]++
+			}
+			w.network.SetFaults(fabric.Faults{})
+			for _, n := range tm.nodes {
+				require.NoError(w.t, n.groupUnlink(1))
+			}
+			for i := range tm.nodes {
+				tm.link(i, "after it")
+			}
+			for _, n := range tm.nodes {
+				n.becomes(2, GroupOK)
+			}
+			requirePulls(tm.nodes[0], tm.nodes[2])
+			requirePulls(tm.nodes[2], tm.nodes[1])
+		})
+		if t.Failed() {
+			t.Fatalf("seed %d", seed)
+		}
+	}
+	t.Log(states)
+	require.Greater(t, min(states[GroupOK], states[GroupFailed]), seeds/4, "a storm that nearly always ends in the same way")
 }
 
 func TestTakenRendezvousPortFailsOrIsTriedAgain(t *testing.T) {

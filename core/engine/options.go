@@ -34,6 +34,9 @@ type Options struct {
 	PeerDead       time.Duration // open.PeerDeadMillis
 	RendezvousPort uint16        // open.RendezvousPort; 0: 16666 + the device id of rank 0
 	Spin           time.Duration // open.SpinMicros: how long a waiting tcp call spins before it sleeps; 0: as the transport thinks best
+
+	Loopback        bool // open.Fabric = loopback: this engine itself stands for every other cluster
+	MultipleEngines bool // open.MultipleEngines: its process may have others that say so too, which Python sees to
 }
 
 // required is the one transport that may be used; "" for any.
@@ -185,8 +188,8 @@ type ourOption struct {
 var ourWords = []ourOption{
 	{"open.Device", "LLM_DATADIST_DEVICE", []string{"auto", "host", "cann"}, []string{"auto", "host"}},
 	{"open.Transport", "LLM_DATADIST_TRANSPORT", []string{"auto", "shm", "tcp", "ucx", "cann"}, []string{"auto", "shm", "tcp"}},
-	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{"loopback"}, []string{}},
-	{"open.MultipleEngines", "", []string{"0", "1"}, []string{"0"}},
+	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{nameLoopback}, nil},
+	{"open.MultipleEngines", "", []string{"0", "1"}, nil},
 	{"open.Relink", "", []string{"0", "1"}, []string{"0"}},
 	{"open.Integrity", "LLM_DATADIST_INTEGRITY", []string{"off", "sampled", "always"}, []string{"off"}},
 	{"open.AuthSecretFile", "LLM_DATADIST_AUTH_SECRET_FILE", nil, []string{}},
@@ -219,6 +222,7 @@ func (r *optionReader) ours(o *Options) {
 		}
 	}
 	o.Device, o.Transport = words["open.Device"], words["open.Transport"]
+	o.Loopback, o.MultipleEngines = words["open.Fabric"] == nameLoopback, words["open.MultipleEngines"] == "1"
 	o.CopyThreads = int(r.number(keyCopyThreads, "LLM_DATADIST_COPY_THREADS", int64(min(defaultCopyThreads, runtime.NumCPU())), 1, mostCopyThreads))
 	o.TCPConnections = int(r.number(keyTCPConnections, "LLM_DATADIST_TCP_CONNECTIONS", defaultTCPConnections, 1, mostTCPConnections))
 	o.PeerDead = time.Duration(r.number(keyPeerDeadMillis, "LLM_DATADIST_PEER_DEAD_MILLIS", defaultPeerDeadMillis, leastPeerDeadMillis, 1<<31-1)) * time.Millisecond

@@ -41,7 +41,7 @@ func (e *Engine) Push(ctx context.Context, call *PushCall) error {
 		return err
 	}
 	defer use.Release()
-	if call.Cluster == e.clusterID {
+	if e.isOwn(call.Cluster) {
 		return status.New(status.ParamInvalid, status.StageCheck, "the own cluster is no destination of a push").At(call.Cluster, "")
 	}
 	l, err := e.linkTo(call.Cluster)

@@ -140,7 +140,7 @@ func (e *Engine) CheckPull(call *PullCall) error {
 
 // destination holds the local cache of a pull in use, when the call fits it.
 func (e *Engine) destination(call *PullCall, use *cache.Use) error {
-	if call.Cluster == e.clusterID {
+	if e.isOwn(call.Cluster) {
 		return status.New(status.ParamInvalid, status.StageCheck, "the own cluster is no source of a pull").At(call.Cluster, "")
 	}
 	if err := e.table.Hold(call.Cache, use); err != nil {

@@ -278,6 +278,19 @@ func (m *Manager) Await(ctx context.Context, id uint64, incarnation Incarnation)
 	}
 }
 
+// LivePeers describes the other ends of the links that live.
+func (m *Manager) LivePeers() []Peer {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var peers []Peer
+	for _, r := range m.records {
+		if r.link != nil && r.link.lives() {
+			peers = append(peers, r.link.peer)
+		}
+	}
+	return peers
+}
+
 // LiveLinks counts the links that live, one to oneself included.
 func (m *Manager) LiveLinks() int {
 	m.mu.Lock()

@@ -27,7 +27,8 @@ import (
 //	(waits)
 //	                        <-      ROSTER, when all members are there; or REFUSE, when the root gives up
 //
-// A member whose connection ends before the roster has left, and may come again. Nothing is kept of whoever is refused.
+// A member whose connection ends before all have come has left, and may come again; one that has lost the roster asks again. Nothing is
+// kept of whoever is refused.
 
 const (
 	// How long a member waits before it announces itself again: at first, and at most.
@@ -86,7 +87,7 @@ func (r *roster) check(meeting *Meeting) error {
 }
 
 func (a *Attendee) check() error {
-	if _, err := netip.ParseAddrPort(a.Address); err != nil || len(a.Address) > maxTextBytes {
+	if _, err := netip.ParseAddrPort(a.Address); err != nil || printable(a.Address) != a.Address { // a zone may be any text
 		return fmt.Errorf("cluster %d has no proper address", a.Cluster)
 	}
 	return nil
@@ -150,7 +151,7 @@ func (m *Manager) announceAt(ctx context.Context, address string, meeting *Meeti
 type Gathering struct {
 	hub     *hub
 	meeting Meeting
-	ctx     context.Context // ends, under hub.mu, when it is over
+	ctx     context.Context // ends, under hub.mu, when all have come or it is closed: then members get an answer
 	end     context.CancelFunc
 	seated  sync.WaitGroup // goroutines that serve a member
 	full    chan struct{}  // closed when the last member has come
@@ -158,12 +159,14 @@ type Gathering struct {
 	// Guarded by hub.mu.
 	seats   []*Attendee // by the place in meeting.Members; nil: not there
 	missing int
+	closed  bool
 	heard   string // of somebody who meant this group and does not belong to it
 }
 
 // Gather lets the members of a group come together at address. self is the root, which is there. Every group that gathers at one
 // address of one network, whichever manager it belongs to, shares a listener: Network must be comparable.
-// It returns Failed where the address can't be bound. Without an error Wait must follow.
+// It returns Failed where the address can't be bound. Without an error Close must follow: as long as the gathering is open, members
+// that have not received the roster whole can ask again.
 func (m *Manager) Gather(address string, meeting Meeting, self Attendee) (*Gathering, error) {
 	self.Incarnation = m.incarnation
 	g := &Gathering{meeting: meeting, full: make(chan struct{}), seats: make([]*Attendee, len(meeting.Members)), missing: len(meeting.Members)}
@@ -177,23 +180,24 @@ func (m *Manager) Gather(address string, meeting Meeting, self Attendee) (*Gathe
 	return g, nil
 }
 
-// Wait waits until all members are there and know of each other, and ends the gathering. When ctx ends first the error names who is
-// missing.
+// Wait waits until all members are there. When ctx ends first the error names who is missing.
 func (g *Gathering) Wait(ctx context.Context) ([]Attendee, error) {
-	defer g.leaveHub()
 	select {
 	case <-g.full:
+		return g.roster().Attendees, nil
 	case <-ctx.Done():
-	}
-	g.hub.mu.Lock()
-	g.end()
-	full := g.missing == 0
-	g.hub.mu.Unlock()
-	g.seated.Wait()
-	if !full {
 		return nil, explainAs(ctx, status.LinkFailed, status.StageDial, errors.New(g.lack()))
 	}
-	return g.roster().Attendees, nil
+}
+
+// Close ends the gathering: members that still wait hear of it.
+func (g *Gathering) Close() {
+	g.hub.mu.Lock()
+	g.closed = true
+	g.end()
+	g.hub.mu.Unlock()
+	g.seated.Wait()
+	g.leaveHub()
 }
 
 // Seated counts the members that have come, roots included, to groups that gather in this process. For tests.
@@ -419,18 +423,27 @@ func (h *hub) seat(said announcement) (*Gathering, int, error) {
 			why = fmt.Sprintf("cluster %d is not rank %d of the group", said.Attendee.Cluster, said.Attendee.Rank)
 			continue
 		}
-		if g.seats[place] != nil || g.ctx.Err() != nil {
+		again := g.missing == 0 && *g.seats[place] == said.Attendee // the roster has not reached it
+		if g.closed || g.seats[place] != nil && !again {
 			why = "the place in the group is taken"
 			continue
 		}
-		g.seats[place] = &said.Attendee
 		g.seated.Add(1)
-		if g.missing--; g.missing == 0 {
-			close(g.full)
+		if !again {
+			g.take(place, &said.Attendee)
 		}
 		return g, place, nil
 	}
 	return nil, 0, errors.New(why)
+}
+
+// take gives somebody a place. The caller holds hub.mu.
+func (g *Gathering) take(place int, a *Attendee) {
+	g.seats[place] = a
+	if g.missing--; g.missing == 0 {
+		close(g.full)
+		g.end()
+	}
 }
 
 // serve lets a member wait and tells it how the gathering has ended. A member that leaves before that gives its place back.

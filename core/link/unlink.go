@@ -16,6 +16,9 @@ const (
 	farewellTheirs = "unlinked by the peer"
 )
 
+// ErrBusy is why a link could not be unlinked in time.
+var ErrBusy = errors.New("operations on the link did not end in time")
+
 // Unlink ends the link to the engine that reports id. Without force it asks the engine at address to drop its end first and waits for
 // operations under way; when that fails, with UnlinkFailed or Timeout, the link stays. With force it only drops our end. Where there is
 // no link, or a dead one, it succeeds.
@@ -31,12 +34,12 @@ func (m *Manager) Unlink(ctx context.Context, id uint64, address string, force b
 	if r != nil {
 		l = r.link
 	}
-	alone := l != nil && (!l.lives() || l.control == nil) // dead, or to oneself: nobody to ask
+	dead := l != nil && !l.lives()
 	m.mu.Unlock()
 	switch {
-	case force && l == nil:
+	case l == nil && (force || m.standsFor(id)):
 		return nil
-	case force || alone:
+	case force || dead:
 		m.drop(id, l, farewellOurs)
 		return nil
 	}
@@ -48,6 +51,8 @@ func (m *Manager) Unlink(ctx context.Context, id uint64, address string, force b
 	return nil
 }
 
+func (m *Manager) standsFor(id uint64) bool { return m.cfg.StandsFor != nil && m.cfg.StandsFor(id) }
+
 // drop retires l, if it lives, and forgets it.
 func (m *Manager) drop(id uint64, l *Link, farewell string) {
 	m.retire(l, farewell)
@@ -58,17 +63,19 @@ func (m *Manager) drop(id uint64, l *Link, farewell string) {
 	}
 }
 
-// unlinkBoth asks the peer and then drops l, which is nil where only the peer may have a link.
+// unlinkBoth asks the peer, where it is another engine, and then drops l, which is nil where only the peer may have a link.
 func (m *Manager) unlinkBoth(ctx context.Context, id uint64, address string, l *Link) *status.Error {
 	m.setFarewell(l, farewellOurs)
 	// Our own pulls end first: the peer only knows when it has sent the last byte of them, or nothing where we read its memory directly.
 	if l != nil && !l.waitIdle(ctx) {
 		m.setFarewell(l, "")
-		return explainAs(ctx, status.Timeout, status.StageClose, errors.New("operations on the link did not end in time"))
+		return explainAs(ctx, status.Timeout, status.StageClose, ErrBusy)
 	}
-	if err := m.askUnlink(ctx, id, address); err != nil {
-		m.setFarewell(l, "")
-		return err
+	if l == nil || l.control != nil {
+		if err := m.askUnlink(ctx, id, address); err != nil {
+			m.setFarewell(l, "")
+			return err
+		}
 	}
 	if l == nil {
 		return nil

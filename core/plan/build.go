@@ -41,7 +41,13 @@ func Build(req *Request, src, dst Shape, into []Segment) ([]Segment, error) {
 
 // contiguous is the one segment of a pull from batch row to batch row, in the first pair of tensors. The checks have bounded it.
 func contiguous(req *Request, src, dst Shape) Segment {
-	return Segment{SrcOffset: req.SrcBatch * src.Stride, DstOffset: req.DstBatch * dst.Stride, Bytes: req.bytes(dst)}
+	row := Segment{SrcOffset: req.SrcBatch * src.Stride, DstOffset: req.DstBatch * dst.Stride, Bytes: src.Stride}
+	if !req.Whole {
+		row.SrcOffset += req.SrcOffset
+		row.DstOffset += req.DstOffset
+		row.Bytes = req.bytes(dst)
+	}
+	return row
 }
 
 // appendPieces lists a pull into blocks for the first pair of tensors. Block bytes are the local ones on both sides; a source row is
@@ -106,12 +112,12 @@ func Total(segments []Segment) uint64 {
 	return sum
 }
 
-// bytes of one tensor that a contiguous pull moves.
+// bytes of one tensor that a contiguous pull moves, unless it is Whole. The destination's offset lies inside its row.
 func (r *Request) bytes(dst Shape) uint64 {
 	if r.Size > 0 {
 		return uint64(r.Size)
 	}
-	return dst.Stride
+	return dst.Stride - r.DstOffset
 }
 
 // count of tensors that the range takes from a cache of this shape.

@@ -2,7 +2,11 @@
 
 package plan
 
-import "github.com/llm-datadist-open/llm-datadist/core/status"
+import (
+	"fmt"
+
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+)
 
 // CheckLocal says whether the request can be served into a cache of shape dst, as far as its own side can know: batch row, kind,
 // size, block lists and tensor ranges (spec §8.5.2, rows 3 to 6 and 9 to 11). That tensors divide into layers is the caller's to
@@ -35,11 +39,22 @@ func checkLocalRow(req *Request, dst Shape) error {
 		return status.New(status.ParamInvalid, status.StageCheck, "a pull without destination blocks into a local cache of blocks")
 	case req.Size != -1 && req.Size <= 0:
 		return status.Newf(status.ParamInvalid, status.StageCheck, "size %d is neither -1 nor positive", req.Size)
-	case req.bytes(dst) > dst.Stride:
+	case req.DstOffset >= dst.Stride:
 		return status.Newf(status.ParamInvalid, status.StageCheck,
-			"size %d is larger than the local row of %d bytes", req.Size, dst.Stride)
+			"destination offset %d is outside the local row of %d bytes", req.DstOffset, dst.Stride)
+	case req.bytes(dst) > dst.Stride-req.DstOffset:
+		return status.Newf(status.ParamInvalid, status.StageCheck,
+			"size %d is larger than the local row of %d bytes%s", req.Size, dst.Stride, from(req.DstOffset))
 	}
 	return nil
+}
+
+// from says in an error from where in a row bytes are counted.
+func from(offset uint64) string {
+	if offset == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" from offset %d", offset)
 }
 
 func checkLocalBlocks(req *Request, dst Shape) error {
@@ -133,15 +148,31 @@ func checkRemoteRow(req *Request, src, dst Shape) error {
 		return status.New(status.ParamInvalid, status.StageLookup, "a pull without source blocks from a remote cache of blocks")
 	}
 	if len(req.DstBlocks) == 0 {
-		if n := req.bytes(dst); n > src.Stride {
-			return status.Newf(status.ParamInvalid, status.StageLookup,
-				"size %d is larger than the remote row of %d bytes", n, src.Stride)
-		}
-		return nil
+		return checkRowFits(req, src, dst)
 	}
 	if n := uint64(len(req.DstBlocks)); n-1 > (src.Stride-1)/dst.Stride {
 		return status.Newf(status.ParamInvalid, status.StageLookup,
 			"%d destination blocks of %d bytes are more than the remote row of %d bytes fills", n, dst.Stride, src.Stride)
+	}
+	return nil
+}
+
+func checkRowFits(req *Request, src, dst Shape) error {
+	if req.Whole {
+		if src.Stride > dst.Stride {
+			return status.Newf(status.ParamInvalid, status.StageLookup,
+				"the remote row of %d bytes is larger than the local row of %d bytes", src.Stride, dst.Stride).
+				Hinting("a pull by key moves whole rows of a cache, except where its seq_len_dim_index is 1")
+		}
+		return nil
+	}
+	if req.DstOffset >= dst.Stride {
+		return status.Newf(status.ParamInvalid, status.StageLookup,
+			"destination offset %d is outside the local row of %d bytes", req.DstOffset, dst.Stride)
+	}
+	if n := req.bytes(dst); req.SrcOffset > src.Stride || n > src.Stride-req.SrcOffset {
+		return status.Newf(status.ParamInvalid, status.StageLookup,
+			"size %d is larger than the remote row of %d bytes%s", n, src.Stride, from(req.SrcOffset))
 	}
 	return nil
 }

@@ -52,7 +52,13 @@ func oracleVerdict(req *Request, src, dst Shape) status.Code {
 			return status.ParamInvalid
 		}
 	}
-	if len(req.DstBlocks) == 0 && below(row, oraclePull(req, dst)) {
+	if len(req.DstBlocks) > 0 {
+		return status.Success
+	}
+	if req.Whole && below(num(dst.Stride), row) {
+		return status.ParamInvalid
+	}
+	if !req.Whole && below(row, new(big.Int).Add(num(req.SrcOffset), oraclePull(req, dst))) {
 		return status.ParamInvalid
 	}
 	return status.Success
@@ -65,7 +71,8 @@ func oracleLocal(req *Request, dst Shape) status.Code {
 	}
 	wrong := req.DstBatch >= batches || (dst.Kind == Blocks) != (len(req.DstBlocks) > 0)
 	if len(req.DstBlocks) == 0 {
-		wrong = wrong || len(req.SrcBlocks) > 0 || req.Size == 0 || req.Size < -1 || below(num(dst.Stride), oraclePull(req, dst))
+		wrong = wrong || len(req.SrcBlocks) > 0 || req.Size == 0 || req.Size < -1 || req.DstOffset >= dst.Stride
+		wrong = wrong || below(num(dst.Stride), new(big.Int).Add(num(req.DstOffset), oraclePull(req, dst)))
 	}
 	if len(req.SrcBlocks) > 0 && len(req.SrcBlocks) != len(req.DstBlocks) {
 		wrong = true
@@ -83,12 +90,12 @@ func oracleLocal(req *Request, dst Shape) status.Code {
 	return status.Success
 }
 
-// oraclePull is P of §8.5.4.
+// oraclePull is P of §8.5.4, with the length of §9.5 where there is an offset.
 func oraclePull(req *Request, dst Shape) *big.Int {
 	if req.Size > 0 {
 		return big.NewInt(req.Size)
 	}
-	return num(dst.Stride)
+	return new(big.Int).Sub(num(dst.Stride), num(req.DstOffset))
 }
 
 // oracleTensors is the first tensor and the number of tensors, or nil where the range is not inside the cache.
@@ -119,11 +126,14 @@ func oracleByte(req *Request, src, dst Shape, t uint32, p uint64) origin {
 	}
 	tensor := uint32(from[0].Int64() + k)
 	if len(req.DstBlocks) == 0 {
-		start := req.DstBatch * dst.Stride
-		if p < start || p >= start+oraclePull(req, dst).Uint64() {
+		start, bytes, from := req.DstBatch*dst.Stride, src.Stride, req.SrcBatch*src.Stride
+		if !req.Whole {
+			start, bytes, from = start+req.DstOffset, oraclePull(req, dst).Uint64(), from+req.SrcOffset
+		}
+		if p < start || p >= start+bytes {
 			return origin{}
 		}
-		return origin{true, tensor, req.SrcBatch*src.Stride + p - start}
+		return origin{true, tensor, from + p - start}
 	}
 	for j := len(req.DstBlocks) - 1; j >= 0; j-- { // where a block is listed twice the later piece stays
 		if p/dst.Stride != req.DstBlocks[j] || p/dst.Stride >= dst.Count {

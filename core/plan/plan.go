@@ -42,6 +42,13 @@ type Request struct {
 	Size                   int64    // bytes of a contiguous pull; -1: one destination row; not looked at where DstBlocks is set
 	SrcBlocks, DstBlocks   []uint64 // block ids; SrcBlocks empty and DstBlocks set: contiguous to blocks
 	OneSided               bool     // the laxer kind rules of spec §8.6
+	// Bytes from the starts of the two batch rows (spec §9.5); not looked at where DstBlocks is set. Exact says that the caller gave
+	// them, even as 0: such a pull consumes nothing, and moves what it says.
+	SrcOffset, DstOffset uint64
+	Exact                bool
+	// Whole, which the owner decides as it does SrcBatch: the source's whole batch row moves, and neither Size nor offsets count. Not
+	// looked at where DstBlocks is set.
+	Whole bool
 }
 
 // Segment is one run of bytes to move. In a plan, segments are ordered as the stream of bytes is.

@@ -46,6 +46,15 @@ func TestWorkedExamples(t *testing.T) { // spec §8.5.4
 		{"blocks with a merged run", shape(Blocks, 1, 8, 4), shape(Blocks, 1, 4, 4),
 			Request{SrcBlocks: []uint64{5, 6, 1}, DstBlocks: []uint64{0, 1, 3}},
 			[]Segment{{SrcOffset: 20, DstOffset: 0, Bytes: 8}, {SrcOffset: 4, DstOffset: 12, Bytes: 4}}, ""},
+		{"offsets", shape(Contiguous, 1, 2, 8), shape(Contiguous, 1, 2, 6),
+			Request{SrcBatch: 1, DstBatch: 1, SrcOffset: 3, DstOffset: 2, Size: -1, Exact: true},
+			[]Segment{{SrcOffset: 11, DstOffset: 8, Bytes: 4}}, ""},
+		{"an offset beyond the remote row", shape(Contiguous, 1, 2, 4), shape(Contiguous, 1, 2, 4),
+			Request{SrcOffset: 2, Size: 3, Exact: true}, nil, "size 3 is larger than the remote row of 4 bytes from offset 2"},
+		{"the whole row", shape(Contiguous, 1, 2, 4), shape(Contiguous, 1, 2, 6),
+			Request{SrcBatch: 1, DstBatch: 1, Size: 1, Whole: true}, []Segment{{SrcOffset: 4, DstOffset: 6, Bytes: 4}}, ""},
+		{"a whole row that does not fit", shape(Contiguous, 1, 2, 6), shape(Contiguous, 1, 2, 4),
+			Request{Size: 1, Whole: true}, nil, "the remote row of 6 bytes is larger than the local row of 4 bytes"},
 		{"layer ranges", shape(Contiguous, 4, 1, 4), shape(Contiguous, 4, 1, 4),
 			Request{SrcTensors: Range{First: 0, Count: 2}, DstTensors: Range{First: 2, Count: 2}, Size: -1},
 			[]Segment{{SrcTensor: 0, DstTensor: 2, Bytes: 4}, {SrcTensor: 1, DstTensor: 3, Bytes: 4}}, ""},
@@ -89,6 +98,12 @@ func TestRefusals(t *testing.T) {
 		{"destination batch 2 is outside the local cache of 2 batches", row, row,
 			Request{DstBatch: 2, Size: -1}, status.ParamInvalid, status.StageCheck},
 		{"size 17 is larger than the local row of 16 bytes", row, row, Request{Size: 17}, status.ParamInvalid, status.StageCheck},
+		{"size 13 is larger than the local row of 16 bytes from offset 4", row, row,
+			Request{Size: 13, DstOffset: 4}, status.ParamInvalid, status.StageCheck},
+		{"destination offset 16 is outside the local row of 16 bytes", row, row,
+			Request{Size: -1, DstOffset: 16}, status.ParamInvalid, status.StageCheck},
+		{"size 1 is larger than the remote row of 16 bytes from offset 18446744073709551615", row, row,
+			Request{Size: 1, SrcOffset: max}, status.ParamInvalid, status.StageLookup},
 		{"size 0 is neither -1 nor positive", row, row, Request{}, status.ParamInvalid, status.StageCheck},
 		{"size -9223372036854775808 is neither -1 nor positive", row, row,
 			Request{Size: math.MinInt64}, status.ParamInvalid, status.StageCheck},
@@ -343,6 +358,15 @@ func sensible(random *rand.Rand) (Request, Shape, Shape) {
 		if upTo(1) == 0 {
 			req.Size = int64(1 + upTo(int(to.Stride)-1) + rarely())
 		}
+		switch upTo(3) {
+		case 0:
+			req.Whole = true
+		case 1:
+			req.Exact, req.DstOffset, req.SrcOffset = true, upTo(int(to.Stride)-1)+rarely(), upTo(int(from.Stride)-1)
+			if req.Size > 0 {
+				req.Size = 1 + max(0, req.Size-1-int64(max(req.DstOffset, req.SrcOffset)))
+			}
+		}
 		return req, from, to
 	}
 	for next := upTo(int(to.Count) - 1); len(req.DstBlocks) < int(1+upTo(4)); next++ {
@@ -438,6 +462,12 @@ func decode(raw []byte) (req Request, src, dst Shape) {
 		req.SrcBlocks = r.blocks(len(req.DstBlocks))
 	case counts&0x40 != 0:
 		req.SrcBlocks = r.blocks(int(counts >> 3 & 7))
+	}
+	switch r.byte() % 4 {
+	case 1:
+		req.Whole = true
+	case 2:
+		req.SrcOffset, req.DstOffset, req.Exact = r.number(), r.number(), true
 	}
 	return req, src, dst
 }

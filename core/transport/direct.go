@@ -22,6 +22,7 @@ type Resolved struct {
 	Generation uint64
 	Shape      plan.Shape
 	Batch      uint64 // the batch row
+	Whole      bool   // all of that row moves, whatever the request says
 	// Lease holds the memory where the pull consumes its key; nil otherwise: then nothing is held, and nothing has to be ended.
 	Lease Lease
 }
@@ -37,7 +38,7 @@ type Lease interface {
 
 // Control is what a direct transport asks its peer over, and what serves the peer. A tcp session is one.
 type Control interface {
-	// Resolve asks the owner what req means. Plan.SrcBatch is not filled in.
+	// Resolve asks the owner what req means. Plan.SrcBatch and Plan.Whole are not filled in.
 	Resolve(ctx context.Context, req *Request) (Resolved, error)
 	// Unconfirmed returns a channel that is closed when the peer has answered the pushes of ours that have ended without; nil where there
 	// are none.
@@ -110,8 +111,8 @@ type Direct struct {
 
 // knownKey is what the owner's answer depends on.
 type knownKey struct {
-	key                      Key
-	oneSided, blocksToBlocks bool
+	key                             Key
+	oneSided, blocksToBlocks, exact bool
 }
 
 // found is what a key means and where that is.
@@ -286,7 +287,7 @@ func (p *reading) pull(ctx, reading context.Context) error {
 			return p.died(err)
 		}
 		// From another shape other bytes would be written: those that are there already would be left, and be nobody's.
-		if p.touched && f.Shape != p.first {
+		if p.touched && (f.Shape != p.first || f.Whole != p.req.Plan.Whole) {
 			f.abandon()
 			return errStale
 		}
@@ -320,7 +321,7 @@ func (p *reading) stream(ctx context.Context, why error) error {
 	if p.direct.cfg.Stream == nil {
 		return status.Newf(status.Failed, status.StageResolve, "%w", why)
 	}
-	if shaped := len(p.req.Plan.DstBlocks) > 0 && len(p.req.Plan.SrcBlocks) == 0; p.touched && shaped {
+	if shaped := len(p.req.Plan.DstBlocks) > 0 && len(p.req.Plan.SrcBlocks) == 0; p.touched && (shaped || p.req.Plan.Whole) {
 		return errStale // how much is written depends on a shape that only the owner sees now; see pull
 	}
 	return p.died(p.direct.cfg.Stream.Pull(ctx, p.req, p.local))
@@ -468,7 +469,7 @@ const blocksID = math.MaxUint64
 // what it means ends with its generation; the key of a blocks cache can be taken over by another cache, which the directory shows. For
 // any other key the owner is asked each time.
 func keyOf(req *Request) (knownKey, directory.Name, bool) {
-	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0}
+	k := knownKey{key: req.Key, oneSided: req.Plan.OneSided, blocksToBlocks: len(req.Plan.SrcBlocks) > 0, exact: req.Plan.Exact}
 	switch {
 	case req.Key.Kind == KeyCache && req.Key.CacheID > 0, req.Theirs():
 		return k, directory.Name{}, true
@@ -511,7 +512,7 @@ func (d *Direct) remember(req *Request, f found) {
 
 // plan lists what is to be copied.
 func (p *reading) plan(f *found) (err error) {
-	p.req.Plan.SrcBatch = f.Batch
+	p.req.Plan.SrcBatch, p.req.Plan.Whole = f.Batch, f.Whole
 	p.segments, err = plan.Build(&p.req.Plan, f.Shape, p.req.Local, p.segments)
 	return err
 }

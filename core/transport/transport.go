@@ -36,7 +36,7 @@ type Key struct {
 }
 
 // Request is one pull: what is wanted, and the shape of the initiator's side, so that both ends can build the same plan (rule 2).
-// Plan.SrcBatch is filled in on both ends from what the owner resolved.
+// Plan.SrcBatch and Plan.Whole are filled in on both ends from what the owner resolved.
 type Request struct {
 	Key   Key
 	Plan  plan.Request
@@ -127,6 +127,7 @@ type Source interface {
 	Shape() plan.Shape
 	Generation() uint64
 	Batch() uint64                 // the resolved batch row
+	Whole() bool                   // all of that row moves, whatever the request says
 	Consumes() bool                // the key is released when the initiator confirms: this source is a lease
 	Address(tensor uint32) uintptr // base of a tensor
 	Acquire() bool                 // before each system call on the memory; false once it was withdrawn

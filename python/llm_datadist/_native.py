@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import threading
 from array import array
+from collections import deque
 from typing import Any, Callable, ClassVar
 
 from .status import LLMException, LLMStatusCode, code_2_status
@@ -29,7 +30,7 @@ _ENVIRONMENT = "LLM_DATADIST_"  # how the engine's environment variables begin
 WAIT_MILLIS = 100  # the longest time in which a signal is not seen
 _RUNNING = 1
 _WORD_BYTES = 8
-_PULL_BYTES = 14 * _WORD_BYTES  # the parameters of PullStart
+_PULL_BYTES = 17 * _WORD_BYTES  # the parameters of PullStart
 _PUSH_BYTES = 14 * _WORD_BYTES  # the parameters of PushStart
 
 _numbers = itertools.count(1)  # of operations and engines: drawn here, so that one is known before its call starts
@@ -38,6 +39,9 @@ _extension: Any = None
 _fork_is_watched = False
 _forked = False
 _table: Any = None  # the engine's descriptors, as an array of int64: three words an entry
+_engines: dict[int, bool] = {}  # the handle of each that is open, and whether others may be beside it
+_engines_lock = threading.Lock()  # guards _engines
+_dropped: deque[int] = deque()  # handles of engines that nobody can close any more
 
 
 def extension() -> Any:
@@ -296,10 +300,52 @@ def _close(native: Any, handle: int) -> None:
         log.error("%s", failure("finalize", -result))
 
 
+def _finish(handle: int) -> None:
+    """Close an engine, once."""
+    with _engines_lock:
+        if _engines.pop(handle, None) is None:
+            return
+    try:
+        _close(_extension, handle)
+    finally:
+        _events.stop(_extension)
+
+
+def close_dropped() -> None:
+    """Close the engines that were dropped without finalize."""
+    while not _forked:
+        try:
+            handle = _dropped.popleft()
+        except IndexError:
+            return
+        _finish(handle)
+
+
+def close_all() -> None:
+    """Close every engine of the process."""
+    if _forked:
+        return
+    with _engines_lock:
+        handles = list(_engines)
+    for handle in handles:
+        _finish(handle)
+
+
+def several() -> bool:
+    """Tell whether an engine is open beside which others may be."""
+    with _engines_lock:
+        return any(_engines.values())
+
+
 class Engine:
-    """One native engine. Its methods are the calls of the boundary; each takes checked arguments."""
+    """One native engine. Its methods are the calls of the boundary; each takes checked arguments.
+
+    One that is dropped while it is open is closed when the next one is opened or closed, or at exit.
+    """
 
     def __init__(self, cluster_id: int, options: dict[str, str]) -> None:
+        self._open = False
+        close_dropped()
         native = extension()
         handle = next(_numbers)
         variables = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
@@ -319,22 +365,22 @@ class Engine:
             raise failed
         self._native = native
         self._handle = handle
+        with _engines_lock:
+            _engines[handle] = options.get("open.MultipleEngines") == "1"
         self._open = True
         self._pull = native.pyext_PullStart
-        self._lock = threading.Lock()  # guards _open: an engine is closed once
 
     def close(self) -> None:
         """Finalize. In a forked child nothing happens: the engine is the parent's."""
-        if _forked:
+        if _forked or not self._open:
             return
-        with self._lock:
-            if not self._open:
-                return
-            self._open = False
-        try:
-            _close(self._native, self._handle)
-        finally:
-            _events.stop(self._native)
+        self._open = False
+        _finish(self._handle)
+        close_dropped()
+
+    def __del__(self) -> None:
+        if self._open:
+            _dropped.append(self._handle)  # closing takes locks, which whoever is interrupted by this may hold
 
     def _usable(self, closed: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID) -> Any:
         if _forked:
@@ -352,6 +398,16 @@ class Engine:
 
     def switch_role(self, address: str) -> None:
         self._short("switch_role", self._usable().pyext_SwitchRole(self._handle, address))
+
+    def links(self) -> list[dict[str, Any]]:
+        """Return the live links: dicts of cluster (the id that the peer reports) and address."""
+        text = self._usable().pyext_Links(self._handle)
+        found: list[dict[str, Any]] = json.loads(text) if text else []
+        return found
+
+    def check_link(self, cluster_id: int) -> None:
+        start = self._usable().pyext_LinkCheckStart
+        call("check_link_status", start, self._handle, WAIT_MILLIS, signed(cluster_id))
 
     def link_clusters(self, clusters: list[dict[str, Any]], timeout: int) -> list[LLMStatusCode]:
         native = self._usable(LLMStatusCode.LLM_FAILED)
@@ -506,9 +562,10 @@ class _Events:
     def drain(self, native: Any) -> None:
         text = native.pyext_EventsTake()
         for line in json.loads(text) if text else ():
+            engine = "" if line["engine"] is None else f"engine {line['engine']}: "
             peer = "" if line["cluster"] is None else f"cluster {line['cluster']}: "
             cause = "" if line["cause"] is None else f": {line['cause']}"
-            self._WRITERS.get(line["level"], log.error)("%s%s%s", peer, line["text"], cause)
+            self._WRITERS.get(line["level"], log.error)("%s%s%s%s", engine, peer, line["text"], cause)
 
 
 _events = _Events()

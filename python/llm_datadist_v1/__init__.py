@@ -11,6 +11,7 @@ import os
 from .configs import LLMClusterInfo, LLMConfig, LlmConfig, LLMRole
 from .data_type import DataType
 from .kv_cache_manager import KvCacheManager
+from .llm_datadist import LLMDataDist
 from .llm_types import (
     BlocksCacheKey,
     CacheDesc,
@@ -46,6 +47,7 @@ __all__ = [
     "CacheKeyByIdAndIndex",
     "KvCache",
     "BlocksCacheKey",
+    "LLMDataDist",
     "Placement",
     "RegisterMemStatus",
     "LayerSynchronizer",

@@ -7,9 +7,10 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_datadist.v2.llm_utils import calc_tensor_size
+
 from . import data_type as types
 from .data_type import DataType, get_python_dtype_from_wrapper_dtype
-from .llm_utils import calc_tensor_size
 from .utils.utils import check_isinstance, check_uint64
 
 if TYPE_CHECKING:

@@ -101,12 +101,13 @@ func protocolError(what string) error {
 }
 
 // requestFixed is the size of a request's body without its block ids.
-const requestFixed = 112
+const requestFixed = 128
 
 const (
 	requestOneSided = 1 << iota
 	requestSrcAll
 	requestDstAll
+	requestExact
 )
 
 func requestBytes(req *transport.Request) int {
@@ -126,6 +127,9 @@ func putRequest(b []byte, req *transport.Request) {
 	if p.DstTensors.All {
 		flags |= requestDstAll
 	}
+	if p.Exact {
+		flags |= requestExact
+	}
 	w := writer{b: b}
 	w.u64(uint64(req.Key.Kind) | uint64(flags)<<8)
 	w.u64(req.Key.ID)
@@ -138,6 +142,8 @@ func putRequest(b []byte, req *transport.Request) {
 	w.u32(p.DstTensors.Count)
 	w.u64(p.DstBatch)
 	w.u64(uint64(p.Size))
+	w.u64(p.SrcOffset)
+	w.u64(p.DstOffset)
 	w.shape(req.Local)
 	w.u32(uint32(len(p.SrcBlocks)))
 	w.u32(uint32(len(p.DstBlocks)))
@@ -159,12 +165,13 @@ func parseRequest(b []byte, req *transport.Request) error {
 	req.Key = transport.Key{Kind: transport.KeyKind(kind & 0xFF), ID: r.u64(), Model: r.u64(), CacheID: int64(r.u64()), Batch: r.u64()}
 	flags := uint8(kind >> 8)
 	p := &req.Plan
-	p.SrcBatch = 0
-	p.OneSided = flags&requestOneSided != 0
+	p.SrcBatch, p.Whole = 0, false
+	p.OneSided, p.Exact = flags&requestOneSided != 0, flags&requestExact != 0
 	p.SrcTensors = plan.Range{First: r.u32(), Count: r.u32(), All: flags&requestSrcAll != 0}
 	p.DstTensors = plan.Range{First: r.u32(), Count: r.u32(), All: flags&requestDstAll != 0}
 	p.DstBatch = r.u64()
 	p.Size = int64(r.u64())
+	p.SrcOffset, p.DstOffset = r.u64(), r.u64()
 	req.Local = r.shape()
 	src, dst := uint64(r.u32()), uint64(r.u32())
 	if (src+dst)*8 != uint64(len(b)-requestFixed) {
@@ -225,12 +232,18 @@ func parsePush(b []byte, p *transport.Push) error {
 // entryBytes is the size of an entry's body.
 const entryBytes = 72
 
+const (
+	entryConsumes = 1 << iota
+	entryWhole
+)
+
 // entry is what the owner says that it resolved.
 type entry struct {
 	generation uint64
 	shape      plan.Shape
 	batch      uint64
 	consumes   bool
+	whole      bool   // the source's whole batch row moves
 	total      uint64 // bytes that the operation's stream will have
 	hash       uint64 // of the owner's plan
 }
@@ -242,7 +255,10 @@ func putEntry(b []byte, e *entry) {
 	w.u64(e.batch)
 	var flags uint64
 	if e.consumes {
-		flags = 1
+		flags |= entryConsumes
+	}
+	if e.whole {
+		flags |= entryWhole
 	}
 	w.u64(flags)
 	w.u64(e.total)
@@ -257,7 +273,8 @@ func parseEntry(b []byte) (e entry, err error) {
 	e.generation = r.u64()
 	e.shape = r.shape()
 	e.batch = r.u64()
-	e.consumes = r.u64()&1 != 0
+	flags := r.u64()
+	e.consumes, e.whole = flags&entryConsumes != 0, flags&entryWhole != 0
 	e.total = r.u64()
 	e.hash = r.u64()
 	return e, nil

@@ -199,6 +199,7 @@ type offer struct {
 	addrs    []uintptr // in place of the cache's
 	batch    uint64
 	consumes bool
+	whole    bool
 	acquire  func(s *source, n int64) bool // n-th call, from 1; nil: true
 }
 
@@ -276,6 +277,7 @@ func (s *source) Shape() plan.Shape  { return s.offer.shape }
 func (s *source) Generation() uint64 { return 7 }
 func (s *source) Batch() uint64      { return s.offer.batch }
 func (s *source) Consumes() bool     { return s.offer.consumes }
+func (s *source) Whole() bool        { return s.offer.whole }
 func (s *source) Address(tensor uint32) uintptr {
 	if s.offer.addrs != nil {
 		return s.offer.addrs[tensor]
@@ -414,7 +416,6 @@ func newSession(t testing.TB, conns []transport.Conn, o *owner) (*Session, chan 
 		require.LessOrEqual(t, len(broken), 1, "Broken was called more than once")
 		require.Empty(t, s.serves)
 		require.Empty(t, s.sending)
-		require.Empty(t, s.pushes)
 		require.Empty(t, s.receipts)
 		require.Nil(t, s.Unconfirmed())
 		require.Zero(t, s.segments)

@@ -26,7 +26,7 @@ func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transpor
 		s.forget(p, p.id)
 		return transport.Resolved{}, err
 	}
-	r := transport.Resolved{Generation: p.entry.generation, Shape: p.entry.shape, Batch: p.entry.batch}
+	r := transport.Resolved{Generation: p.entry.generation, Shape: p.entry.shape, Batch: p.entry.batch, Whole: p.entry.whole}
 	if !p.entry.consumes {
 		s.forget(p, p.id)
 		return r, nil

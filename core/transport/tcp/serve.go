@@ -106,9 +106,9 @@ func (s *Session) busy() error {
 // prepare builds the plan and the entry that tells the initiator of it.
 func (v *serve) prepare(h header, req *transport.Request) error {
 	shape := v.source.Shape()
-	e := entry{generation: v.source.Generation(), shape: shape, batch: v.source.Batch(), consumes: v.leased}
+	e := entry{generation: v.source.Generation(), shape: shape, batch: v.source.Batch(), consumes: v.leased, whole: v.source.Whole()}
 	if h.flags&flagResolve == 0 {
-		req.Plan.SrcBatch = e.batch
+		req.Plan.SrcBatch, req.Plan.Whole = e.batch, e.whole
 		segments, err := plan.Build(&req.Plan, shape, req.Local, v.stream.segments)
 		if err != nil {
 			return err

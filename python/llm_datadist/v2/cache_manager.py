@@ -50,12 +50,15 @@ _WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's 
 _DEFAULT_PER_LAYER = 2
 _KEYS = (CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
 _ALL_TENSORS = -1, 0  # the first one, how many
-# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the blocks.
+# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the offsets, the blocks.
 _pack_ends = struct.Struct("QqQQ5q").pack  # ids are unsigned
 _pack_ends_as_bits = struct.Struct("9Q").pack
 _pack_layers = struct.Struct("5q").pack
+pack_offsets = struct.Struct("3q").pack  # of the source and of the destination in bytes, 1 where they were given
 _pack_two_blocks = struct.Struct("2q").pack
+_NO_OFFSETS = pack_offsets(0, 0, 0)
 _ALL_LAYERS = _pack_layers(*_ALL_TENSORS, *_ALL_TENSORS, _DEFAULT_PER_LAYER)
+_ORDINARY = _ALL_LAYERS + _NO_OFFSETS
 # Their addresses come back in an array that is made before the pool is asked: 128 MiB, for a pool of 16 GiB at least.
 _MOST_TENSORS = 1 << 24
 
@@ -236,7 +239,7 @@ class CacheManager:
         check_int64("size", size)
         raise_if_true(cache.is_blocks_cache, "pull_cache does not take a blocks cache")
         raise_if_false(size == -1 or size > 0, "size should be -1 or positive, but got {}", size)
-        per_layer = _per_layer(kwargs)
+        per_layer = per_layer_of(kwargs)
         if isinstance(cache_key, CacheKey):
             self.check_cache_key(cache_key)
         self._pull("pull_cache", cache_key, cache, batch_index, size, per_layer, kwargs, b"", b"")
@@ -257,7 +260,7 @@ class CacheManager:
         elif type(key) is not CacheKeyByIdAndIndex:
             return None
         try:
-            return _pack_ends(key._cluster_id, *engine_key(key), cache._cache_id, batch_index, size) + _ALL_LAYERS
+            return _pack_ends(key._cluster_id, *engine_key(key), cache._cache_id, batch_index, size) + _ORDINARY
         except struct.error:  # out of range
             return None
 
@@ -285,7 +288,7 @@ class CacheManager:
         src, dst = pack_blocks("src_blocks", src_blocks), pack_blocks("dst_blocks", dst_blocks)
         raise_if_false(dst_cache.is_blocks_cache, "pull_blocks takes a blocks cache only")
         raise_if_false(dst, "dst_blocks should not be empty")
-        per_layer = _per_layer(kwargs)
+        per_layer = per_layer_of(kwargs)
         if isinstance(src_cache_key, BlocksCacheKey):
             raise_if_false(src, "src_blocks should not be empty with a BlocksCacheKey")
         else:
@@ -305,6 +308,7 @@ class CacheManager:
         kwargs: dict[str, Any],
         src: bytes,
         dst: bytes,
+        offsets: bytes = _NO_OFFSETS,
     ) -> None:
         layers = _ALL_LAYERS
         if kwargs:
@@ -317,7 +321,7 @@ class CacheManager:
             ends = _pack_ends(*numbers)
         except struct.error:  # of a number that a subclass has made up the low 64 bits count
             ends = _pack_ends_as_bits(*[number & _WORD for number in numbers])
-        words = array("Q", ends + layers)
+        words = array("Q", ends + layers + offsets)
         words.frombytes(src)
         words.frombytes(dst)
         self._engine.pull(operation, words, len(src) // ID_BYTES, len(dst) // ID_BYTES)
@@ -540,12 +544,13 @@ def _pack_ordinary_block(key: Any, cache: Any, src_blocks: Any, dst_blocks: Any)
         if not (type(src) is type(dst) is int and src >= 0 and dst >= 0):
             return None
         ends = _pack_ends(key._cluster_id, NORMAL_KEY, UINT64_MAX, key._model_id, 0, 0, cache._cache_id, 0, -1)
-        return ends + _ALL_LAYERS + _pack_two_blocks(src, dst)
+        return ends + _ORDINARY + _pack_two_blocks(src, dst)
     except (struct.error, IndexError):  # out of range; another thread has emptied a list
         return None
 
 
-def _per_layer(kwargs: dict[str, Any]) -> int:
+def per_layer_of(kwargs: dict[str, Any]) -> int:
+    """Return the keyword tensor_num_per_layer of a call."""
     if "tensor_num_per_layer" not in kwargs:
         return _DEFAULT_PER_LAYER
     return _check_per_layer(kwargs["tensor_num_per_layer"])
@@ -583,7 +588,7 @@ def _tensors(name: str, layers: range | None, per_layer: int) -> tuple[int, int]
 
 def _pack_desc(desc: CacheDesc, kind: int) -> array[int]:
     element_bytes = calc_tensor_size([1], desc.data_type.value)
-    return array("q", [kind, desc.num_tensors, element_bytes, int(desc.placement), *desc.shape])
+    return array("q", [kind, desc.num_tensors, element_bytes, int(desc.placement), desc.seq_len_dim_index, *desc.shape])
 
 
 def _key_words(key: CacheKey) -> tuple[int, int, int]:

@@ -268,6 +268,7 @@ class KvCache:
     """A cache of the v1 manager. Going out of scope hands its id to the manager, which frees it at its next call."""
 
     _valid = False  # until __init__ is through: __del__ also runs for objects whose making failed
+    _is_blocks_cache = False  # the manager sets it
 
     def __init__(
         self,
