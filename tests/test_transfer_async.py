@@ -497,3 +497,34 @@ def test_a_forked_child_is_told_that_the_transfer_is_its_parents(two_sided, gate
     gates.open(*range(LAYERS))
     assert task.synchronize(SECONDS) is SUCCESS
     arrived(owner, "d", every(0, row))
+
+
+TRANSFER_AT_EXIT = """
+import threading
+from llm_datadist import LayerSynchronizer, TransferConfig
+
+class AtExit(LayerSynchronizer):
+    def synchronize_layer(self, layer_index, timeout_in_millis):
+        threading.main_thread().join()
+        return True
+
+end.manager.transfer_cache_async(end.caches["s"], AtExit(), [TransferConfig(1, addrs)])
+"""
+
+
+def test_a_process_that_ends_has_first_made_its_transfer(transport):
+    local = End()
+    address = local.open(THEIRS)
+    local.add("d", desc([2, ROW], tensors=TENSORS), TARGET)
+    try:
+        with Peer() as pusher:
+            pusher.open(2, listen=None)
+            assert pusher.link(address, THEIRS) is SUCCESS
+            pusher.add("s", desc([2, ROW], tensors=TENSORS), SOURCE)
+            pusher.run(TRANSFER_AT_EXIT, addrs=addresses(local, "d"))
+            arrived(local, "d", {})
+            pusher.process.stdin.close()
+            assert pusher.process.wait(SECONDS / 1000) == 0
+        arrived(local, "d", every(0, row))
+    finally:
+        local.close()
