@@ -202,7 +202,9 @@ func TestMissingMemberFailsItsGroupAlone(t *testing.T) {
 	over(t, []way{overBubble}, func(w *world) {
 		tm := w.team(3, linkTotal(3*time.Second))
 		start := time.Now()
-		late := []uint64{tm.link(0, "without 3"), tm.link(1, "without 3")}
+		late := []uint64{tm.link(0, "without 3"), 0}
+		w.pass(500 * time.Millisecond) // so that rank 0 gives up before rank 1 does
+		late[1] = tm.link(1, "without 3")
 		pair := &team{w: w, nodes: tm.nodes[:2], members: tm.members[:2], table: tm.table}
 		comms := []uint64{pair.link(0, "pair"), pair.link(1, "pair")}
 		for i, n := range pair.nodes {
@@ -399,6 +401,23 @@ func TestAddressThatIsNotLocalFallsBackToTheServers(t *testing.T) {
 		tm := w.team(2)
 		tm.table = tm.tableWith(func(_ int, device map[string]string) { device["device_ip"] = "192.0.2.1" })
 		requireFailure(tm.nodes[0], tm.link(0, "group"), "no address of the own rank is local", 2)
+	})
+}
+
+func TestSeveralAddressesOfOneHost(t *testing.T) {
+	over(t, []way{overTCP, overSHM}, func(w *world) {
+		tm := w.team(3)
+		tm.table = tm.tableWith(func(i int, device map[string]string) { device["device_ip"] = fmt.Sprint("127.0.0.", i+1) })
+		for i := range tm.nodes {
+			tm.link(i, "group")
+		}
+		for _, n := range tm.nodes {
+			n.becomes(1, GroupOK)
+		}
+		l, err := tm.nodes[2].links.Link(2)
+		require.NoError(w.t, err)
+		require.Contains(w.t, l.Peer().Address, "127.0.0.2:")
+		requirePulls(tm.nodes[1], tm.nodes[2])
 	})
 }
 
