@@ -357,7 +357,8 @@ def test_resources_never_follow_a_link_that_somebody_left(tmp_path):
     try:
         EngineConfig.gen_cluster_info_if_not_exist(1, LLMRole.DECODER, {"ge.exec.deviceId": "987654"})
         assert victim.read_text() == "as it was"
-        assert json.loads(Path(path).read_text())["cluster"][0]["cluster_nodes"][0]["item_list"] == [{"item_id": 987654}]
+        resources = json.loads(Path(path).read_text())
+        assert resources["cluster"][0]["cluster_nodes"][0]["item_list"] == [{"item_id": 987654}]
     finally:
         os.unlink(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -503,6 +504,17 @@ def test_a_cache_may_outlive_its_engine():
     gc.collect()
     assert not manager._released.ids
     refused(manager.allocate_cache, desc([1, 8]), code=LLMStatusCode.LLM_FAILED)
+
+
+def test_a_cache_does_not_keep_its_engine():
+    engine = opened(LLMRole.PROMPT)
+    cache = engine.kv_cache_manager.allocate_cache(desc([1, 8]))
+    alive = [weakref.ref(each) for each in (engine._llm_datadist, engine._llm_datadist.native, engine.kv_cache_manager)]
+    engine.finalize()
+    del engine
+    gc.collect()
+    assert [each() for each in alive] == [None] * 3
+    assert cache.cache_id == 1
 
 
 def test_several_listen_addresses_are_aliases_of_the_first():

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/llm-datadist-open/llm-datadist/core/cache"
+	"github.com/llm-datadist-open/llm-datadist/core/status"
+)
+
+// What v1 mode needs of the engine (spec §9), over every way that bytes can go.
+
+func older(o *Options) { o.CacheManager = false }
+
+func TestAKeyMovesTheWholeRowAndOffsetsExactlyWhatTheySay(t *testing.T) {
+	over(t, everyWay, func(w *world) {
+		owner, puller := w.pair(older)
+		src := owner.allocate(rows(2, 2, 900), two...).fill(1)
+		dst := puller.register(rows(2, 1, 1000)).fill(2)
+		want := dst.content()
+		pull := func(key uint64, exact bool, size int64, from, to uint64) error {
+			p := all()
+			p.Size, p.Exact, p.SrcOffset, p.DstOffset = size, exact, from, to
+			return puller.pull(owner, normal(key), dst, p)
+		}
+		require.NoError(w.t, pull(8, true, 100, 30, 600))
+		require.Equal(w.t, 2, owner.Stats().Keys, "offsets keep the key")
+		for i, tensor := range src.content() {
+			copy(want[i][600:700], tensor[930:1030])
+		}
+		dst.requireContent(want)
+		requireCode(w.t, status.ParamInvalid, pull(8, true, 100, 801, 0))
+		require.NoError(w.t, pull(8, false, 1, 0, 0))
+		require.Equal(w.t, 1, owner.Stats().Keys)
+		for i, tensor := range src.content() {
+			copy(want[i], tensor[900:])
+		}
+		dst.requireContent(want)
+	})
+}
+
+func TestACacheWithItsSequenceBehindTheBatchMovesWhatIsAskedFor(t *testing.T) {
+	over(t, everyWay, func(w *world) {
+		owner, puller := w.pair(older)
+		described := rows(1, 1, 900)
+		described.SeqLenDim = 1
+		src := owner.allocate(described, two[0]).fill(1)
+		dst := puller.register(rows(1, 1, 1000)).fill(2)
+		want := dst.content()
+		p := all()
+		p.Size = 7
+		require.NoError(w.t, puller.pull(owner, normal(7), dst, p))
+		copy(want[0][:7], src.content()[0])
+		dst.requireContent(want)
+	})
+}
+
+func TestAPullByIdThatKeepsAKeyIsNotRememberedForOneThatConsumesIt(t *testing.T) {
+	over(t, everyWay, func(w *world) {
+		owner, puller := w.pair(older)
+		src := owner.allocate(rows(1, 1, 900), two[0]).fill(1)
+		dst := puller.register(rows(1, 1, 900))
+		exact := all()
+		exact.Exact = true
+		require.NoError(w.t, puller.pull(owner, byID(src, 0), dst, exact))
+		require.Equal(w.t, 1, owner.Stats().Keys)
+		require.NoError(w.t, puller.pull(owner, byID(src, 0), dst, all()))
+		require.Zero(w.t, owner.Stats().Keys)
+		dst.requireContent(src.content())
+	})
+}
+
+func TestALinkIsCheckedWhenNothingIsUnderWay(t *testing.T) {
+	over(t, everyWay, func(w *world) {
+		owner, puller := w.pair(older)
+		ctx, stop := within(10 * time.Second)
+		defer stop()
+		require.NoError(w.t, puller.CheckLink(ctx, owner.clusterID))
+		requireCode(w.t, status.NotYetLink, puller.CheckLink(ctx, 77))
+		require.Equal(w.t, owner.clusterID, puller.Links()[0].Cluster)
+		owner.stop()
+		w.eventually(func() bool { return len(puller.Links()) == 0 }, "the link is dead")
+		requireCode(w.t, status.NotYetLink, puller.CheckLink(ctx, owner.clusterID))
+	})
+}
+
+func TestDeallocationKnowsTheKindAndWhatIsUnknown(t *testing.T) {
+	over(t, everyWay[:1], func(w *world) {
+		node := w.node("older", 1, older)
+		ids := []int64{node.allocate(rows(1, 1, 100)).id, node.allocate(blocks(1, 4, 100)).id}
+		for _, id := range ids {
+			require.NoError(w.t, node.Deallocate(id, false))
+			requireCode(w.t, status.CacheNotExist, node.Deallocate(id, false))
+		}
+		_, err := node.tryAllocate(rows(1, 1, 100), two[0])
+		require.NoError(w.t, err)
+		_, err = node.tryAllocate(rows(1, 1, 100), two[0])
+		requireCode(w.t, status.Failed, err)
+		require.ErrorIs(w.t, err, cache.ErrKeyInUse)
+	})
+}
