@@ -21,7 +21,7 @@ import numpy as np
 
 from llm_datadist import Cache, CacheDesc, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, LLMStatusCode
 
-_DEADLINE_SECONDS = 60
+_DEADLINE_SECONDS = 90
 
 # Processes are started anew and not forked: an engine does not live on in a forked child.
 _processes = multiprocessing.get_context("spawn")
@@ -30,7 +30,7 @@ _processes = multiprocessing.get_context("spawn")
 def run(prefill: Callable[..., None], decode: Callable[..., None], *args: Any) -> None:
     """Call the two functions in two processes, each with a connection to the other one, and args."""
     ends = _processes.Pipe()
-    together([(prefill, (ends[0], *args)), (decode, (ends[1], *args))])
+    _together([(prefill, (ends[0], *args)), (decode, (ends[1], *args))], ends)
 
 
 def run_many(
@@ -40,18 +40,16 @@ def run_many(
     pipes = [[_processes.Pipe() for _ in range(decodes)] for _ in range(prefills)]
     calls: list[Any] = [(prefill, (number, [ends[0] for ends in pipes[number]])) for number in range(prefills)]
     calls += [(decode, (number, [row[number][1] for row in pipes])) for number in range(decodes)]
-    together(calls)
+    _together(calls, [end for row in pipes for ends in row for end in ends])
 
 
-def together(calls: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+def _together(calls: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], connections: Sequence[Connection]) -> None:
     """Call each function in a process of its own and wait for all. Where one fails, the others are killed: the example fails."""
     processes = [_processes.Process(target=function, args=args) for function, args in calls]
     for process in processes:
         process.start()
-    for _, args in calls:
-        for end in (each for arg in args for each in (arg if isinstance(arg, list) else [arg])):
-            if isinstance(end, Connection):
-                end.close()  # the children have theirs: with ours open they would not see one another end
+    for connection in connections:
+        connection.close()  # the children have theirs: with ours open they would not see one another end
     good = _all_end_well(processes)
     for process in processes:
         process.kill()
