@@ -259,16 +259,23 @@ def test_the_thread_is_waited_for_at_exit_whoever_started_it():
 
 
 def test_the_code_of_a_timeout_is_the_tasks():
+    older = LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+
     class Older(CacheTask):
-        _TIMEOUT_CODE = LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+        _TIMEOUT_CODE = older
+
+    def begin(engine):
+        classes = {"config_class": TransferConfig, "task_class": Older}
+        return llm_utils.transfer_cache_async(
+            engine, CACHE, Ready(lambda _: go.wait(30)), [raw(), raw(2)], None, None, None, **classes
+        )
 
     go = threading.Event()
-    task = llm_utils.transfer_cache_async(
-        Engine(), CACHE, Ready(lambda _: go.wait(30)), [raw()], None, None, None, config_class=TransferConfig, task_class=Older
-    )
-    assert task.synchronize(0) is LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+    tasks = begin(Engine()), begin(Engine({(2, 4): TIMEOUT}))
+    assert [task.synchronize(0) for task in tasks] == [older, older]
     go.set()
-    assert task.synchronize() is OK
+    assert [task.synchronize(SECONDS) for task in tasks] == [OK, older]
+    assert tasks[1].get_results() == [OK, older]
 
 
 # --- the checks, in their order: of two wrong arguments the earlier check is heard
