@@ -470,14 +470,15 @@ def interrupted_finalize(end: End) -> dict[str, Any]:
             signal.raise_signal(signal.SIGINT)
             return result
 
-    engine = end.engine._llm_datadist
     with handling(signal.SIGINT, signal.default_int_handler):
-        engine._native = Interrupting()
+        _native._extension = Interrupting()
         try:
             end.close()
             ending = "returned"
         except KeyboardInterrupt:
             ending = "KeyboardInterrupt"
+        finally:
+            _native._extension = real
     return {"ending": ending, "held": _native.held(), "log threads": log_threads()}
 
 

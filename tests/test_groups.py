@@ -308,4 +308,4 @@ def test_remap_needs_a_live_link(local, remote, port):
     for end in (local, remote):
         join(end, OURS, THEIRS)
     become(local, 1, OK)
-    local.engine._engine.remap()
+    local.engine._engine.memory_remap()

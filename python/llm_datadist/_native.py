@@ -434,9 +434,6 @@ class Engine:
         result = self._usable().pyext_GroupStatus(self._handle, signed(comm_id))
         return self._short("query_register_mem_status", result)
 
-    def remap(self) -> None:
-        self._short("remap_registered_memory", self._usable().pyext_MemoryRemap(self._handle))
-
     def register(
         self, operation: str, desc: array[int], addrs: array[int], keys: array[int], remote_accessible: bool
     ) -> int:
