@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from llm_datadist import LLMDataDist, _native
@@ -19,6 +20,9 @@ from llm_datadist.utils import log
 from peers import wait_until
 
 pytest_plugins = ["parity"]
+
+hypothesis.settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("tests")
 
 # What the Go runtime opens once and keeps: its poller, and files that say how much of the machine it may use.
 RUNTIME = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/sys/fs/cgroup/")

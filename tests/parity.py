@@ -3,7 +3,7 @@
 
 ``@pytest.mark.parity("manager.pull_cache")`` says that a test proves that row. A mark with an id that no row has ends the
 collection. With ``--parity``, meant for a run of all tests, each row needs a marked test that passed from set-up to
-tear-down; a row that begins with "later:" waits for its part and must not have one.
+tear-down.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from pathlib import Path
 import pytest
 
 DOCUMENT = Path("docs", "parity.md")
-ROW = re.compile(r"^\| `(?P<id>[a-z0-9_]+\.[a-z0-9_]+)` \|(?P<name>[^|]*)\|(?P<promise>[^|]*)\|", re.MULTILINE)
-LATER = "later:"
+ROW = re.compile(r"^\| `([a-z0-9_]+\.[a-z0-9_]+)` \|", re.MULTILINE)
 
 
-def read_rows(text: str) -> dict[str, str]:
-    """Return what each row promises, by its id."""
-    rows: dict[str, str] = {}
-    for row in ROW.finditer(text):
-        if row["id"] in rows:
-            raise pytest.UsageError(f"{DOCUMENT} has two rows {row['id']}")
-        rows[row["id"]] = row["promise"].strip()
+def read_rows(text: str) -> list[str]:
+    """Return the ids of the rows."""
+    rows: list[str] = ROW.findall(text)
     if not rows:
         raise pytest.UsageError(f"{DOCUMENT} has no rows")
+    twice = sorted({row for row in rows if rows.count(row) > 1})
+    if twice:
+        raise pytest.UsageError(f"{DOCUMENT} has several rows {', '.join(twice)}")
     return rows
 
 
 class Parity:
     """The rows, and what a run has proven of them."""
 
-    def __init__(self, rows: dict[str, str], complete: bool) -> None:
+    def __init__(self, rows: list[str], complete: bool) -> None:
         self.rows, self.complete = rows, complete
         self.proven: set[str] = set()
         self.passed: dict[str, bool] = {}  # by test, whether its phases so far have passed
@@ -53,24 +51,23 @@ class Parity:
             self.proven.update(marks(item))
         return report
 
-    def faults(self) -> list[str]:
-        """What does not hold: rows that wait for nothing and have no proof, and rows that are there before their time."""
-        later = {row for row, promise in self.rows.items() if promise.startswith(LATER)}
-        unproven = [f"{row}: no marked test passed" for row in self.rows if row not in self.proven | later]
-        return unproven + [f"{row}: is proven, and the table says {LATER!r}" for row in self.rows if row in self.proven & later]
+    def unproven(self) -> list[str]:
+        """The ids of the rows for which no marked test has passed."""
+        return [row for row in self.rows if row not in self.proven]
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if self.complete and exitstatus == pytest.ExitCode.OK and self.faults():
+        if self.complete and exitstatus == pytest.ExitCode.OK and self.unproven():
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.complete:
             return
-        faults = self.faults()
-        terminalreporter.section(f"{len(faults)} of {len(self.rows)} rows of {DOCUMENT} do not hold", red=bool(faults))
-        for fault in faults:
-            terminalreporter.line(fault)
+        unproven = self.unproven()
+        title = f"{len(unproven)} of {len(self.rows)} rows of {DOCUMENT} have no test that passed"
+        terminalreporter.section(title, red=bool(unproven))
+        for row in unproven:
+            terminalreporter.line(row)
 
 
 def marks(item: pytest.Item) -> Iterator[str]:
