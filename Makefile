@@ -9,6 +9,10 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
+# The least part of the lines, in per cent, that tests are to reach.
+PYTHON_COVERAGE := 95
+CORE_COVERAGE := 85
+
 # A hung Go test ends with the stacks of all goroutines, well before CI gives up.
 GO_TEST_TIMEOUT ?= 300s
 
@@ -33,7 +37,7 @@ BUILD_SOURCES := setup.py pyproject.toml MANIFEST.in LICENSE go.mod go.sum \
 	$(shell find $(GO_FOLDERS) -type d -o -type f ! -name '*_test.go' ! -path '*/testdata/*') \
 	$(shell find python -name '__pycache__' -prune -o -name '*.egg-info' -prune -o -type f -print -o -mindepth 1 -type d -print)
 
-.PHONY: help system venv build test lint gotest gotest-pure pytest surface demo bench fuzz sdist sdist-test clean
+.PHONY: help system venv build test lint gotest gotest-pure pytest coverage surface demo bench fuzz sdist sdist-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -73,7 +77,7 @@ lint: $(LINTERS)/borders $(VENV_STAMP) ## formatting, vet, staticcheck, borders,
 	go vet ./...
 	$(LINTERS)/staticcheck ./...
 	$(LINTERS)/borders .
-	$(BIN)/ruff check --quiet python tests benchmarks setup.py
+	$(BIN)/ruff check --quiet python tests benchmarks examples setup.py
 	$(BIN)/mypy
 
 gotest: | system ## Go tests with the race detector
@@ -83,9 +87,21 @@ gotest: | system ## Go tests with the race detector
 gotest-pure: | system ## Go tests without cgo, the short ones
 	CGO_ENABLED=0 go test -short -timeout $(GO_TEST_TIMEOUT) ./core/...
 
-# From inside tests/, so that nothing is imported from the source tree.
+# From inside tests/, so that nothing is imported from the source tree. A run of all of them proves each row of docs/parity.md.
 pytest: $(INSTALLED) ## Python tests against the installed wheel (PYTEST_ARGS)
-	cd tests && ../$(BIN)/pytest -c ../pyproject.toml --rootdir .. $(or $(PYTEST_ARGS),.)
+	cd tests && ../$(BIN)/pytest -c ../pyproject.toml --rootdir .. $(or $(PYTEST_ARGS),--parity .)
+
+coverage: $(INSTALLED) ## the part of python/ and of core/ that tests reach, and whether it is enough
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	cd tests && ../$(BIN)/coverage run --rcfile=../pyproject.toml --data-file=../build/coverage/python -m pytest -c ../pyproject.toml --rootdir .. .
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --show-missing
+	go test -timeout $(GO_TEST_TIMEOUT) -coverpkg=./core/... -coverprofile=build/coverage/core ./core/... ./pyext/...
+	@python=$$($(BIN)/coverage report --format=total); \
+	core=$$(go tool cover -func=build/coverage/core | sed -n 's/^total:.*[^0-9.]\([0-9.]*\)%$$/\1/p'); \
+	echo "reached by tests: $$python % of the lines of python/ ($(PYTHON_COVERAGE) wanted), $$core % of the statements of core/ ($(CORE_COVERAGE) wanted)"; \
+	awk "BEGIN { exit !($$python >= $(PYTHON_COVERAGE) && $$core >= $(CORE_COVERAGE)) }"
 
 surface: $(INSTALLED) ## the rows of the documented surface that do not hold, in the form of tests/surface_pending.txt
 	@cd tests && ../$(BIN)/python test_surface.py
@@ -118,4 +134,4 @@ sdist-test: $(INSTALLED) ## the source distribution builds without a network
 
 clean: ## everything that was built
 	rm -rf $(VENV) build dist vendor python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis
-	find core python pyext tests -name __pycache__ -prune -exec rm -rf {} +
+	find core examples python pyext tests -name __pycache__ -prune -exec rm -rf {} +

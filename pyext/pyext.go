@@ -66,7 +66,7 @@ func EventsClose() int64 { backend.CloseEvents(); return 0 }
 // EventsWake makes the descriptor readable without a line, and returns 0.
 func EventsWake() int64 { backend.WakeEvents(); return 0 }
 
-// EventsTake returns the waiting lines as a JSON array of objects (level, text, cluster, cause); "" for none.
+// EventsTake returns the waiting lines as a JSON array of objects (level, text, engine, cluster, cause); "" for none.
 func EventsTake() string { return backend.TakeEvents() }
 
 // EngineOpen makes an engine from its cluster id, its options and its environment, both JSON objects of strings, under a handle that
@@ -149,6 +149,43 @@ func linking(number, handle, waitMillis, timeoutMillis int64, clusters string, c
 		text, err := json.Marshal(codes)
 		return string(text), err
 	})
+}
+
+// GroupLink starts to link the members of a group to each other and returns the communicator's id. request is a JSON object: name,
+// members as a list of (cluster id as a decimal string, rank), table as the text of the rank table.
+func GroupLink(handle int64, request string) int64 {
+	return with(handle, func(e *engine.Engine) (int64, error) {
+		var r struct {
+			Name    string
+			Members []engine.GroupMember
+			Table   string
+		}
+		if err := json.Unmarshal([]byte(request), &r); err != nil {
+			return 0, status.Newf(status.ParamInvalid, status.StageCheck, "the group is malformed: %w", err)
+		}
+		comm, err := e.GroupLink(r.Name, r.Members, r.Table)
+		return int64(comm), err
+	})
+}
+
+// GroupUnlinkStart starts to unlink a communicator.
+func GroupUnlinkStart(number, handle, waitMillis, comm int64) int64 {
+	return start(number, handle, waitMillis, 0, func(ctx context.Context, e *engine.Engine) (string, error) {
+		return "", e.GroupUnlink(ctx, uint64(comm))
+	})
+}
+
+// GroupStatus returns the state of a communicator: 0 linked, 1 preparing, 2 failed.
+func GroupStatus(handle, comm int64) int64 {
+	return with(handle, func(e *engine.Engine) (int64, error) {
+		state, err := e.GroupStatus(uint64(comm))
+		return int64(state), err
+	})
+}
+
+// MemoryRemap is remap_registered_memory.
+func MemoryRemap(handle int64) int64 {
+	return with(handle, func(e *engine.Engine) (int64, error) { return 0, e.Remap() })
 }
 
 // CacheRegister enters memory into the engine's table and returns the cache's id. desc is packed as for desc(); addrs has the address of

@@ -18,6 +18,8 @@ from llm_datadist import LLMDataDist, _native
 from llm_datadist.utils import log
 from peers import wait_until
 
+pytest_plugins = ["parity"]
+
 # What the Go runtime opens once and keeps: its poller, and files that say how much of the machine it may use.
 RUNTIME = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]", "/sys/fs/cgroup/")
 
@@ -94,6 +96,27 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     yield
     logger.setLevel(level)
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+@pytest.fixture
+def lines() -> Iterator[list[tuple[str, str]]]:
+    """What the test writes to the log: level and text of each line."""
+    logger = log.get_logger()
+    handler, level = Lines(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler.lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -642,7 +642,7 @@ def fork_during_load(end: End) -> tuple[Any, int]:
 
 def fork_with_locks_held(end: End) -> tuple[Any, int]:
     """Fork while another thread is inside close; finalize in the child all the same."""
-    with end.engine._llm_datadist._lock:
+    with _native._engines_lock:
         return finalize_in_child(end)
 
 

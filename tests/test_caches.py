@@ -123,12 +123,14 @@ REGISTER = [
 ]
 
 
+@pytest.mark.parity("manager.register_cache", "manager.register_blocks_cache")
 @pytest.mark.parametrize(("args", "kwargs", "error"), REGISTER)
 @pytest.mark.parametrize("call", ["register_cache", "register_blocks_cache"])
 def test_register_refuses(manager, call, args, kwargs, error):
     refused(getattr(manager, call), *args, error=error, **kwargs)
 
 
+@pytest.mark.parity("manager.register_cache", "manager.allocate_cache")
 @pytest.mark.parametrize("keys", [KEY, [3], {KEY}, [BlocksCacheKey(1)], [KEY, None]])
 @pytest.mark.parametrize("call", ["register_cache", "allocate_cache"])
 def test_the_keys_of_a_contiguous_cache_are_a_list_of_cache_keys(manager, call, keys):
@@ -136,6 +138,7 @@ def test_the_keys_of_a_contiguous_cache_are_a_list_of_cache_keys(manager, call, 
     refused(getattr(manager, call), ONE_TENSOR, *given, keys, error=TypeError)
 
 
+@pytest.mark.parity("manager.register_blocks_cache", "manager.allocate_blocks_cache")
 @pytest.mark.parametrize("key", [KEY, [BlocksCacheKey(1)], 3])
 @pytest.mark.parametrize("call", ["register_blocks_cache", "allocate_blocks_cache"])
 def test_the_key_of_a_blocks_cache_is_one_blocks_cache_key(manager, call, key):
@@ -149,6 +152,7 @@ def test_a_blocks_key_beyond_64_bits_is_a_type_error(manager, model_id):
     refused(manager.register_blocks_cache, ONE_TENSOR, [1], BlocksCacheKey(1, model_id), error=TypeError)
 
 
+@pytest.mark.parity("manager.allocate_cache", "manager.allocate_blocks_cache")
 @pytest.mark.parametrize("call", ["allocate_cache", "allocate_blocks_cache"])
 def test_allocate_refuses(manager, call):
     allocation = getattr(manager, call)
@@ -222,6 +226,7 @@ def test_an_id_is_used_up_by_attempts_that_reach_the_counter(manager, name):
 # --- what a Cache is
 
 
+@pytest.mark.parity("manager.allocate_cache", "manager.allocate_blocks_cache")
 @pytest.mark.parametrize("placement", Placement)
 @pytest.mark.parametrize("blocks", [False, True])
 def test_an_allocated_cache_has_memory_of_its_own(manager, placement, blocks):
@@ -260,6 +265,7 @@ def test_a_blocks_cache_that_peers_can_not_access_may_have_address_0(manager):
 # --- keys
 
 
+@pytest.mark.parity("manager.allocate_cache")
 def test_key_i_is_row_i(pair):
     owner, asker = pair
     keys = [CacheKey(OWNER, req_id=7), CacheKey(OWNER, req_id=0), CacheKey(OWNER, req_id=3, model_id=2)]
@@ -336,12 +342,14 @@ def test_a_registered_contiguous_cache_leaves_a_bound_key_where_it_is(pair):
     refused(asks, asker, KEY, code=NOT_EXIST)
 
 
+@pytest.mark.parity("manager.register_cache")
 def test_a_key_twice_in_one_registration_is_its_last_row(pair):
     owner, asker = pair
     owner.add("give", ONE_TENSOR, 1, [KEY, KEY])
     assert np.array_equal(asks(asker, KEY), pattern(1, 0, 8)[4:])
 
 
+@pytest.mark.parity("manager.register_blocks_cache")
 def test_a_registered_blocks_cache_takes_a_key_over(pair):
     owner, asker = pair
     asker.add("blocks", desc([4, 4]), 60, blocks=True)
@@ -375,6 +383,7 @@ def test_a_tensor_takes_whole_pages(manager):
     assert manager.allocate_cache(desc([1, 2 * PAGE])).tensor_addrs
 
 
+@pytest.mark.parity("failure.out_of_memory")
 def test_an_allocation_that_fails_gives_everything_back(manager):
     for _ in range(50):
         refused(manager.allocate_cache, desc([1], tensors=17), code=OUT_OF_MEMORY)
@@ -407,6 +416,7 @@ def test_a_page_of_the_pool_may_be_larger_or_smaller():
         engine.finalize()
 
 
+@pytest.mark.parity("failure.no_pool")
 @pytest.mark.parametrize(
     ("pools", "works"),
     [
@@ -442,6 +452,7 @@ def test_an_allocation_needs_a_pool_of_its_placement(pools, works):
 # --- freeing
 
 
+@pytest.mark.parity("manager.deallocate_cache", "manager.remove_cache_key")
 def test_a_deallocated_cache_answers_until_its_last_key_is_released(pair):
     owner, asker = pair
     keys = [CacheKey(OWNER, req_id=n) for n in (1, 2)]
@@ -459,6 +470,7 @@ def test_a_deallocated_cache_answers_until_its_last_key_is_released(pair):
     refused(asks, asker, CacheKeyByIdAndIndex(OWNER, cache_id, 3), code=NOT_EXIST)
 
 
+@pytest.mark.parity("manager.deallocate_cache", "manager.remove_cache_key")
 def test_the_last_key_of_a_deallocated_cache_frees_its_memory(manager):
     for release in ("remove_cache_key", "unregister_cache"):
         cache = manager.allocate_cache(desc([16, PAGE]), [KEY, CacheKey(OWNER, req_id=U64MAX, prefix_id=1)])
@@ -490,6 +502,7 @@ def asker_row(asker, key):
     return asker.content("take")[0][:4]
 
 
+@pytest.mark.parity("manager.deallocate_cache", "manager.deallocate_blocks_cache")
 def test_deallocating_twice_or_what_is_not_there_is_fine(manager):
     rows, blocks = manager.allocate_cache(ONE_TENSOR), manager.allocate_blocks_cache(ONE_TENSOR)
     for _ in range(2):
@@ -516,6 +529,7 @@ def test_registered_caches_are_not_freed_and_keep_their_keys(pair):
         assert np.array_equal(asker.content("into")[0], pattern(2, 0, 8))
 
 
+@pytest.mark.parity("manager.deallocate_blocks_cache")
 def test_a_blocks_cache_goes_at_once_with_its_key(pair):
     owner, asker = pair
     allocate(owner, "give", 1, BlocksCacheKey(OWNER), blocks=True)
@@ -525,6 +539,7 @@ def test_a_blocks_cache_goes_at_once_with_its_key(pair):
     refused(asker.manage, "pull_blocks", BlocksCacheKey(OWNER), "into", [0], [0], code=NOT_EXIST)
 
 
+@pytest.mark.parity("manager.unregister_cache", "manager.remove_cache_key")
 def test_an_unknown_id_or_key_is_nothing_to_free(manager):
     for unknown in (0, -1, 12345, 2**63 - 1, -(2**63), True):
         manager.unregister_cache(unknown)
@@ -532,6 +547,7 @@ def test_an_unknown_id_or_key_is_nothing_to_free(manager):
     manager.remove_cache_key(CacheKey(OWNER, req_id=U64MAX, prefix_id=3))
 
 
+@pytest.mark.parity("manager.unregister_cache")
 def test_an_unregistered_cache_is_gone_at_once(pair):
     owner, asker = pair
     for owned in (False, True):
@@ -563,6 +579,12 @@ def test_another_cluster_id_in_a_removed_key_is_not_looked_at(pair):
 # --- remote_accessible, where it counts: in one-sided mode
 
 
+@pytest.mark.parity(
+    "manager.register_cache",
+    "manager.register_blocks_cache",
+    "manager.set_is_call_linked",
+    "failure.not_accessible",
+)
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(
     ("placement", "given", "called_link", "reachable"),

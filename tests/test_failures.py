@@ -275,6 +275,7 @@ def test_unregistering_a_destination_waits_for_the_pull_into_it(local, owner):
 # --- deadlines
 
 
+@pytest.mark.parity("failure.deadline")
 @pytest.mark.parametrize("transport", ["tcp"], indirect=True, scope="module")  # over shm it would not need the peer
 def test_a_pull_from_a_stopped_peer_ends_at_its_deadline_and_touches_nothing_after(local, owner):
     timeout = 2.0
@@ -326,6 +327,7 @@ def unchanged(words, seconds):
         time.sleep(0.02)
 
 
+@pytest.mark.parity("failure.deadline")
 def test_pulls_in_flight_end_each_at_its_own_deadline(local, owner):
     timeout = 0.5
     link(local, owner, sync_kv_timeout=int(timeout * 1000))
@@ -376,6 +378,7 @@ def test_a_stopped_peer_does_not_keep_another_one(local, owner):
 # --- peers that die
 
 
+@pytest.mark.parity("failure.transport")
 def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local):
     size = 1 << 26
     right = {life: ramp(life, 0, size) for life in range(3)}

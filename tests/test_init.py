@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import socket
 import subprocess
@@ -13,7 +12,6 @@ import sys
 import pytest
 
 from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, _native
-from llm_datadist.utils import log
 from llm_datadist.v2.cache_manager import CacheManager
 from llm_datadist.v2.llm_datadist import _shutdown_handler
 from peers import ADDRESS, End, Peer, cluster, desc, options
@@ -58,6 +56,7 @@ def refused(given, error=LLMException, code=PARAM_INVALID, text=""):
 # --- construction
 
 
+@pytest.mark.parity("engine.new")
 @pytest.mark.parametrize(
     ("role", "cluster_id", "error"),
     [
@@ -75,6 +74,7 @@ def test_constructor_refuses(role, cluster_id, error):
         LLMDataDist(role, cluster_id)
 
 
+@pytest.mark.parity("engine.new", "engine.cluster_id", "engine.instance")
 def test_several_objects_may_wait_to_be_initialised():
     first, second = LLMDataDist(LLMRole.MIX, 0), LLMDataDist(LLMRole.MIX, 2**64 - 1)
     assert (first.cluster_id, second.cluster_id) == (0, 2**64 - 1)
@@ -87,6 +87,7 @@ def test_no_role_passes_the_constructor_and_fails_in_init():
     assert LLMDataDist.llm_engine_instance is None
 
 
+@pytest.mark.parity("engine.cache_manager", "engine.kv_cache_manager")
 @pytest.mark.parametrize(
     "use",
     [
@@ -113,6 +114,7 @@ def test_use_before_init_or_after_finalize_is_a_runtime_error(use, finalized):
 # --- what init accepts
 
 
+@pytest.mark.parity("engine.init")
 def test_init_again_is_silent_whatever_the_options():
     engine = engine_with(MANAGED)
     manager = engine.cache_manager
@@ -122,6 +124,7 @@ def test_init_again_is_silent_whatever_the_options():
     engine.finalize()
 
 
+@pytest.mark.parity("engine.init", "engine.instance")
 def test_a_process_has_one_engine():
     engine = engine_with(MANAGED)
     second = LLMDataDist(LLMRole.PROMPT, 2)
@@ -146,6 +149,7 @@ def test_the_callers_options_stay_as_they_were():
     engine.finalize()
 
 
+@pytest.mark.parity("engine.cache_manager", "engine.kv_cache_manager")
 @pytest.mark.parametrize("role", LLMRole)
 def test_any_role_has_a_cache_manager(role):
     engine = LLMDataDist(role, 1)
@@ -158,6 +162,7 @@ def test_any_role_has_a_cache_manager(role):
     engine.finalize()
 
 
+@pytest.mark.parity("engine.cache_manager", "engine.kv_cache_manager")
 @pytest.mark.parametrize("given", [{}, {"llm.EnableCacheManager": "0"}, {"llm.EnableCacheManager": "true"}])
 def test_without_cache_manager_mode_there_is_the_older_manager(given):
     engine = engine_with({**OLDER, **given})
@@ -217,6 +222,7 @@ ACCEPTED = [
 ]
 
 
+@pytest.mark.parity("engine.init")
 @pytest.mark.parametrize("given", ACCEPTED, ids=str)
 def test_init_accepts(given):
     engine = engine_with({**MANAGED, **given})
@@ -246,6 +252,7 @@ def test_options_are_a_dict(given):
     refused(given, TypeError)
 
 
+@pytest.mark.parity("engine.init")
 @pytest.mark.parametrize("given", [{1: "1"}, {"llm.LinkRetryCount": 1}, {"key": None}, {"key": b"1"}], ids=str)
 def test_options_are_strings(given):
     refused({**MANAGED, **given}, TypeError)
@@ -278,6 +285,7 @@ ORDER = [
 ]
 
 
+@pytest.mark.parity("engine.init")
 @pytest.mark.parametrize(("given", "text"), ORDER)
 def test_the_first_broken_rule_is_named(given, text):
     refused(given, text=text)
@@ -308,12 +316,14 @@ BAD_OPTIONS = [
     {"open.MultipleEngines": "2"},
     {"open.Relink": "yes"},
     {"open.Integrity": "on"},
+    *[{"open.RendezvousPort": value} for value in ("0", "65536", "-1", "")],
     {"open.NoSuchOption": "1"},
     {"open.transport": "tcp"},
     {"open.": ""},
 ]
 
 
+@pytest.mark.parity("engine.init")
 @pytest.mark.parametrize("given", BAD_OPTIONS, ids=str)
 def test_a_bad_option_is_refused(given):
     failure = refused({**MANAGED, **given})
@@ -324,9 +334,6 @@ def test_a_bad_option_is_refused(given):
 NOT_BUILT = [
     {"open.Device": "cann"},
     *[{"open.Transport": name} for name in ("ucx", "cann")],
-    {"open.Fabric": "loopback"},
-    {"open.MultipleEngines": "1"},
-    {"open.RendezvousPort": "16666"},
     {"open.Relink": "1"},
     {"open.Integrity": "sampled"},
     {"open.Integrity": "always"},
@@ -447,6 +454,7 @@ def mixed():
     engine.finalize()
 
 
+@pytest.mark.parity("engine.switch_role")
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -466,6 +474,7 @@ def test_switch_role_refuses_and_changes_nothing(mixed, arguments, error):
     assert (mixed._role, mixed.listen_address) == (LLMRole.MIX, before)
 
 
+@pytest.mark.parity("engine.switch_role")
 def test_switch_role_without_an_address_stops_listening(mixed):
     for given in (None, {}, {"llm.listenIp": "x", "open.NoSuchOption": "ignored here"}):
         mixed.switch_role(LLMRole.DECODER, given)
@@ -473,6 +482,7 @@ def test_switch_role_without_an_address_stops_listening(mixed):
         assert mixed._role is LLMRole.DECODER
 
 
+@pytest.mark.parity("engine.switch_role")
 def test_switch_role_with_an_address_listens_there(mixed):
     first = mixed.listen_address
     mixed.switch_role(LLMRole.DECODER)
@@ -557,6 +567,7 @@ def test_environment_counts_where_the_option_is_not_set(env, given, code):
 # --- finalize and exit
 
 
+@pytest.mark.parity("engine.finalize", "engine.instance")
 def test_finalize_may_be_repeated_and_needs_no_init():
     engine = LLMDataDist(LLMRole.MIX, 1)
     engine.finalize()
@@ -575,6 +586,7 @@ def test_ids_start_again_with_a_new_engine():
         engine.finalize()
 
 
+@pytest.mark.parity("kv_manager.is_initialized")
 def test_finalize_marks_the_managers():
     engine = engine_with({**MANAGED})
     manager = engine.cache_manager
@@ -586,6 +598,7 @@ def test_finalize_marks_the_managers():
     assert not manager.is_initialized()
 
 
+@pytest.mark.parity("module.shutdown_handler")
 def test_the_shutdown_handler_finalizes_what_is_left():
     _shutdown_handler()
     engine = engine_with(MANAGED)
@@ -595,6 +608,7 @@ def test_the_shutdown_handler_finalizes_what_is_left():
         _ = engine.cache_manager
 
 
+@pytest.mark.parity("module.shutdown_handler")
 @pytest.mark.parametrize(("error", "swallowed"), [(LLMException("no"), True), (OSError("no"), False)])
 def test_the_shutdown_handler_swallows_only_our_own_failures(monkeypatch, error, swallowed):
     class Failing:
@@ -609,6 +623,7 @@ def test_the_shutdown_handler_swallows_only_our_own_failures(monkeypatch, error,
             _shutdown_handler()
 
 
+@pytest.mark.parity("module.import")
 def test_a_process_that_forgets_finalize_ends_quietly():
     code = (
         "from llm_datadist import *\n"
@@ -620,26 +635,6 @@ def test_a_process_that_forgets_finalize_ends_quietly():
 
 
 # --- log and failures
-
-
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__(logging.DEBUG)
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append((record.levelname, record.getMessage()))
-
-
-@pytest.fixture
-def lines():
-    logger = log.get_logger()
-    handler, level = Lines(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield handler.lines
-    logger.setLevel(level)
-    logger.removeHandler(handler)
 
 
 def test_the_engines_lines_reach_the_log(lines):

@@ -149,6 +149,7 @@ BAD_LINKS = [
 ]
 
 
+@pytest.mark.parity("engine.link_clusters", "engine.unlink_clusters")
 @pytest.mark.parametrize(("arguments", "error"), BAD_LINKS)
 @pytest.mark.parametrize("call", ["link_clusters", "unlink_clusters"])
 def test_arguments_are_refused(local, call, arguments, error):
@@ -235,6 +236,7 @@ def test_unlink_needs_an_id(local):
 # --- one link
 
 
+@pytest.mark.parity("engine.link_clusters")
 def test_one_link_serves_both_directions(linked, local, remote):
     pulls(local, THEIRS, number=1)
     pulls(remote, OURS, number=0)
@@ -321,6 +323,7 @@ def test_access_modes_that_differ_are_refused_on_both_sides(local, remote, ours_
         assert "access modes differ" in wait_until(lambda end=end, other=other: end.ask("explain", other), "it is known")
 
 
+@pytest.mark.parity("failure.own_cluster")
 def test_an_engine_links_to_itself_but_does_not_pull_from_itself(local):
     address = local.open(OURS)
     give_and_take(local, 0)
@@ -357,6 +360,7 @@ def test_two_engines_that_link_to_each_other_at_once_have_one_link(local, remote
 # --- several links in one call
 
 
+@pytest.mark.parity("engine.link_clusters")
 def test_the_last_failure_of_several_links_is_the_overall_code(local, remote):
     address = remote.open(THEIRS)
     held, nobody = refused_address()
@@ -396,6 +400,7 @@ def test_one_silent_peer_does_not_keep_the_others(local, remote):
 # --- whom one can not link with
 
 
+@pytest.mark.parity("engine.link_clusters")
 def test_a_refused_port_is_link_failed(local):
     local.open(OURS, listen=None)
     held, nobody = refused_address()
@@ -465,6 +470,7 @@ def test_strangers_at_our_listener_hurt_nobody(linked, local):
 # --- unlink
 
 
+@pytest.mark.parity("engine.unlink_clusters", "failure.not_linked")
 def test_unlink_ends_the_link_on_both_sides(linked, local, remote):
     assert local.ask("unlink_clusters", [cluster(linked, THEIRS)], 5000) == (SUCCESS, [SUCCESS])
     refused(pull, local, THEIRS)
@@ -478,6 +484,7 @@ def test_unlink_may_be_repeated(linked, local):
         assert local.ask("unlink_clusters", [cluster(linked, THEIRS)], 5000) == (SUCCESS, [SUCCESS])
 
 
+@pytest.mark.parity("engine.unlink_clusters")
 def test_what_was_never_linked_is_unlinked_with_success(local, remote):
     address = remote.open(THEIRS)
     local.open(OURS, listen=None)
@@ -518,6 +525,7 @@ def test_an_unlink_that_nobody_answers_is_a_timeout_and_leaves_the_link(linked, 
     pulls(remote, OURS, number=0)
 
 
+@pytest.mark.parity("engine.unlink_clusters")
 def test_a_forced_unlink_is_local_and_the_link_can_be_made_again_at_once(linked, local, remote):
     for number in range(5):
         assert local.ask("unlink_clusters", [info(remote=[], local=[])], 5000, True) == (SUCCESS, [SUCCESS])
@@ -553,6 +561,7 @@ def test_unlink_waits_for_a_transfer(local, remote):
 # --- switch_role and explain
 
 
+@pytest.mark.parity("engine.switch_role", "failure.live_links")
 def test_a_live_link_keeps_the_role(linked, local, remote):
     for end in (local, remote):
         failure = refused(end.ask, "switch_role", LLMRole.PROMPT, code=LLMStatusCode.LLM_EXIST_LINK)
@@ -586,6 +595,7 @@ def test_explain_takes_a_cluster_id(local, bad):
 # --- peers that go away
 
 
+@pytest.mark.parity("engine.finalize", "failure.not_linked")
 def test_the_link_to_a_finalized_peer_is_dead(linked, local, remote):
     remote.close()
     wait_until(lambda: "dead" in local.ask("explain", THEIRS), "it is seen")
@@ -596,6 +606,7 @@ def test_the_link_to_a_finalized_peer_is_dead(linked, local, remote):
     assert local.ask("unlink_clusters", [cluster(linked, THEIRS)], 5000) == (SUCCESS, [SUCCESS])
 
 
+@pytest.mark.parity("failure.transport", "failure.not_linked")
 def test_a_killed_peer_fails_the_calls_in_flight_and_those_after(local, transport):
     with Peer() as peer:
         address = peer.open(THEIRS)

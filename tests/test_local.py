@@ -56,6 +56,7 @@ def owned(request):
 # --- copy_cache
 
 
+@pytest.mark.parity("manager.copy_cache")
 @pytest.mark.parametrize(
     ("arguments", "moves"),
     [
@@ -130,6 +131,7 @@ COPY_CACHE = [
 ]
 
 
+@pytest.mark.parity("manager.copy_cache")
 @pytest.mark.parametrize(("arguments", "error"), COPY_CACHE)
 def test_copy_cache_checks_before_a_byte_moves(end, arguments, error):
     for name, number, shape, count in (
@@ -145,6 +147,7 @@ def test_copy_cache_checks_before_a_byte_moves(end, arguments, error):
     assert {name: end.checksum(name) for name in end.caches} == before
 
 
+@pytest.mark.parity("manager.copy_cache", "failure.unknown_local_cache")
 def test_copy_cache_needs_both_caches(end):
     rows(end, "s", SOURCE, [3, 8])
     gone = Cache(99, desc([3, 8]), [1], end.manager, True, False)
@@ -193,6 +196,7 @@ def test_a_copy_reads_memory_that_can_only_be_read(end):
 # --- copy_blocks
 
 
+@pytest.mark.parity("manager.copy_blocks")
 def test_copy_blocks_copies_a_block_to_others_in_every_tensor(end, owned):
     rows(end, "b", TARGET, [5, 8], 3, blocks=True, owned=owned)
     end.manage("copy_blocks", "b", {0: [2, 4], 3: [1]})
@@ -234,6 +238,7 @@ COPY_BLOCKS = [
 ]
 
 
+@pytest.mark.parity("manager.copy_blocks")
 @pytest.mark.parametrize(("arguments", "error"), COPY_BLOCKS)
 def test_copy_blocks_checks_before_a_byte_moves(end, arguments, error):
     rows(end, "rows", SOURCE, [4, 8])
@@ -259,6 +264,7 @@ def swapping(end, owned):
     return end
 
 
+@pytest.mark.parity("manager.swap_blocks")
 def test_swap_blocks_copies_out_and_in(swapping):
     end = swapping
     end.manage("swap_blocks", "device", "host", {5: 0, 1: 3})
@@ -272,6 +278,7 @@ def test_swap_blocks_copies_out_and_in(swapping):
         moved(end, "device", {40: target[8:16], 0: source[40:]}, tensor, SOURCE)
 
 
+@pytest.mark.parity("manager.swap_blocks", "type.create_cpu_cache")
 def test_swap_blocks_uses_the_addresses_of_cpu_caches(end):
     rows(end, "device", SOURCE, [4, 8], 2, blocks=True)
     memory = np.zeros((2, 32), np.uint8)
@@ -322,6 +329,7 @@ SWAP_BLOCKS = [
 ]
 
 
+@pytest.mark.parity("manager.swap_blocks")
 @pytest.mark.parametrize(("arguments", "error"), SWAP_BLOCKS)
 def test_swap_blocks_checks_before_a_byte_moves(swapping, arguments, error):
     end = swapping
@@ -337,6 +345,7 @@ def test_swap_blocks_checks_before_a_byte_moves(swapping, arguments, error):
 # --- any copy against an oracle
 
 
+@pytest.mark.parity("manager.copy_cache")
 @given(
     shapes=st.tuples(st.integers(1, 5), st.integers(1, 400), st.integers(1, 5), st.integers(1, 400), st.integers(1, 3)),
     batches=st.tuples(st.integers(0, 5), st.integers(0, 5)),

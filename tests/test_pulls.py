@@ -115,6 +115,7 @@ def owned(request):
     return request.param
 
 
+@pytest.mark.parity("manager.pull_cache")
 def test_a_part_of_a_row_goes_to_the_row_that_is_named(ends, owned):
     local, owner = ends
     owner.add("s", desc([2, 4]), SOURCE, [key(0), key(1)], owned=owned)
@@ -131,6 +132,7 @@ def test_the_local_row_decides_how_much_is_pulled(ends, owned):
     moved(local, "d", {0: tensors(SOURCE, [2, 6])[0][6:10]})
 
 
+@pytest.mark.parity("manager.pull_cache", "failure.remote_bounds")
 def test_a_local_row_that_is_longer_than_the_remote_one_is_refused(ends, owned):
     local, owner = ends
     owner.add("s", desc([2, 4]), SOURCE, [key(0)], owned=owned)
@@ -140,6 +142,7 @@ def test_a_local_row_that_is_longer_than_the_remote_one_is_refused(ends, owned):
     moved(local, "d", {6: tensors(SOURCE, [2, 4])[0][:4]})
 
 
+@pytest.mark.parity("manager.pull_blocks")
 def test_a_row_goes_to_blocks_in_pieces(ends, owned):
     local, owner = ends
     owner.add("s", desc([2, 8]), SOURCE, [key(0), key(1)], owned=owned)
@@ -168,6 +171,7 @@ def test_pieces_before_the_tail_are_whole(ends, owned):
     moved(local, "d", {8: source[:4], 0: source[4:8]})
 
 
+@pytest.mark.parity("manager.pull_blocks")
 def test_no_piece_begins_beyond_the_row(ends, owned):
     local, owner = ends
     owner.add("s", desc([2, 8]), SOURCE, [key(0)], owned=owned)
@@ -177,6 +181,7 @@ def test_no_piece_begins_beyond_the_row(ends, owned):
     moved(local, "d", {4: tensors(SOURCE, [2, 8])[0][:4]})
 
 
+@pytest.mark.parity("manager.pull_blocks")
 def test_blocks_go_to_blocks(ends, owned):
     local, owner = ends
     owner.add("s", desc([8, 4]), SOURCE, BY_BLOCKS, blocks=True, owned=owned)
@@ -186,6 +191,7 @@ def test_blocks_go_to_blocks(ends, owned):
     moved(local, "d", {0: source[20:28], 12: source[4:8]})
 
 
+@pytest.mark.parity("manager.pull_cache")
 def test_layers_go_to_other_layers(ends, owned):
     local, owner = ends
     owner.add("s", desc([2, 4], tensors=4), SOURCE, [key(0)], owned=owned)
@@ -246,6 +252,7 @@ def test_layer_ranges_of_a_cache_of_one_tensor(ends, kwargs, error):
         refused_unchanged(local, "d", "pull_cache", by_id(cache), "d", 0, 4, error=error, **kwargs)
 
 
+@pytest.mark.parity("manager.pull_blocks")
 def test_layers_of_a_pull_into_blocks(ends):
     local, owner = ends
     owner.add("s", desc([4, 4], tensors=6), SOURCE, BY_BLOCKS, blocks=True)
@@ -320,6 +327,7 @@ def nothing_moves(local, call, args, kwargs, error):
     return failure
 
 
+@pytest.mark.parity("manager.pull_cache")
 @pytest.mark.parametrize(("args", "kwargs", "error"), PULL_CACHE)
 def test_pull_cache_checks_before_a_byte_moves(refusing, args, kwargs, error):
     local, _ = refusing
@@ -374,6 +382,7 @@ PULL_BLOCKS = [
 ]
 
 
+@pytest.mark.parity("manager.pull_blocks")
 @pytest.mark.parametrize(("args", "kwargs", "error"), PULL_BLOCKS)
 def test_pull_blocks_checks_before_a_byte_moves(refusing, args, kwargs, error):
     local, _ = refusing
@@ -424,6 +433,14 @@ NATIVE = [
 ]
 
 
+@pytest.mark.parity(
+    "failure.unknown_local_cache",
+    "failure.unknown_remote",
+    "failure.local_bounds",
+    "failure.remote_bounds",
+    "failure.own_cluster",
+    "failure.not_linked",
+)
 @pytest.mark.parametrize(("call", "args", "code", "stage"), NATIVE)
 def test_the_engine_checks_before_a_byte_moves(refusing, call, args, code, stage):
     local, _ = refusing
@@ -580,6 +597,7 @@ RELEASES = {
 }
 
 
+@pytest.mark.parity("manager.pull_cache")
 @pytest.mark.parametrize("name", RELEASES)
 def test_a_pull_releases_its_own_key_or_none(keyed, name):
     local, _ = keyed
@@ -683,6 +701,7 @@ def test_a_released_key_can_be_bound_again_and_gives_the_new_bytes(ends):
 # --- one-sided mode
 
 
+@pytest.mark.parity("manager.pull_cache", "manager.pull_blocks")
 def test_one_sided_pulls_by_id_honour_the_row_and_the_remote_stride(one_sided):
     local, owner = one_sided
     cache = owner.add("s", desc([3, 8]), SOURCE)
@@ -760,6 +779,7 @@ def test_one_sided_prefix_keys_are_the_blocks_cache_of_their_model(one_sided):
     moved(local, "into", {8: tensors(SOURCE, [4, 4])[0][:4]})
 
 
+@pytest.mark.parity("failure.unknown_remote", "failure.remote_bounds")
 @pytest.mark.parametrize(
     ("args", "kwargs", "code"),
     [
@@ -924,6 +944,7 @@ def issue(local, cache_id, request):
         local.manage("pull_blocks", BY_BLOCKS, "d", src, request["dst order"][: len(src)], **request["kwargs"])
 
 
+@pytest.mark.parity("manager.pull_cache", "manager.pull_blocks")
 @given(requests())
 @settings(
     max_examples=300,

@@ -150,12 +150,17 @@ def cases(name, pairs):
         yield name, value, {KEYS[name]: emitted} if isinstance(emitted, str) else emitted
 
 
+def proof(name):
+    """The mark of a test that proves the row of a documented property; our own have no row."""
+    row = "rdma" if name.startswith("rdma_") else name
+    return () if KEYS.get(name, "").startswith("open.") else pytest.mark.parity(f"config.{row}")
+
+
 def with_classes(rows):
     """Each row once for each config class that has the property."""
-    rows = list(rows)
-    return [(LLMConfig, *row) for row in rows] + [
-        (llm_datadist_v1.LLMConfig, *row) for row in rows if row[0] not in V2_ONLY
-    ]
+    for row in rows:
+        for config_class in (LLMConfig,) if row[0] in V2_ONLY else (LLMConfig, llm_datadist_v1.LLMConfig):
+            yield pytest.param(config_class, *row, marks=proof(row[0]))
 
 
 @BOTH
@@ -204,6 +209,7 @@ def test_assigning_none_unsets_again():
     assert config.generate_options() == {"llm.MemoryUtilization": "0.95"}
 
 
+@pytest.mark.parity("config.generate_options", "config.mem_utilization")
 @BOTH
 def test_minimal_emission(config_class):
     config = config_class()
@@ -215,6 +221,7 @@ def test_minimal_emission(config_class):
     }
 
 
+@pytest.mark.parity("config.generate_options", "config.options")
 @BOTH
 def test_options_are_one_dict_that_accumulates(config_class):
     config = config_class()
@@ -231,6 +238,7 @@ def test_options_are_one_dict_that_accumulates(config_class):
     assert config_class().options == {}
 
 
+@pytest.mark.parity("config.ge_options")
 def test_properties_overwrite_ge_options():
     config = LLMConfig()
     config.device_id = 1
@@ -251,6 +259,7 @@ def test_backing_fields_may_be_assigned():
     assert config.generate_options()["llm.EnableRemoteCacheAccessible"] == "1"
 
 
+@pytest.mark.parity("config.cluster_info")
 def test_cluster_info_has_its_addresses_converted():
     config = LLMConfig()
     config.cluster_info = json.dumps(
@@ -263,6 +272,7 @@ def test_cluster_info_has_its_addresses_converted():
     assert json.loads(config.cluster_info) == {"cluster_id": 2}
 
 
+@pytest.mark.parity("module.config_alias", "config.new")
 def test_config_names():
     assert LLMConfig is LlmConfig
     assert llm_datadist_v1.LLMConfig is llm_datadist_v1.LlmConfig is not LLMConfig
@@ -274,6 +284,7 @@ def test_config_names():
 # --- addresses
 
 
+@pytest.mark.parity("module.trans_str_ip")
 @pytest.mark.parametrize(
     ("text", "number"),
     [("127.0.0.1", 16777343), ("1.2.3.4", 0x04030201), ("127.1", 16777343), ("1", 0x01000000), ("0x7f.1", 16777343)],
@@ -282,6 +293,7 @@ def test_trans_str_ip(text, number):
     assert trans_str_ip(text) == number
 
 
+@pytest.mark.parity("module.trans_str_ip")
 @given(st.integers(0, U32))
 def test_trans_str_ip_is_inet_ntoa_backwards(number):
     dotted = socket.inet_ntoa(number.to_bytes(4, "little"))
@@ -289,6 +301,7 @@ def test_trans_str_ip_is_inet_ntoa_backwards(number):
     assert trans_str_ip(number) == number
 
 
+@pytest.mark.parity("module.trans_str_ip")
 @pytest.mark.parametrize("text", ["", "256.1.1.1", "localhost", "::1", "1.2.3.4.5", "1.2.3.4\0", "\ud800"])
 def test_trans_str_ip_refuses(text):
     with pytest.raises(RuntimeError) as failure:
@@ -299,12 +312,14 @@ def test_trans_str_ip_refuses(text):
 # --- cluster info
 
 
+@pytest.mark.parity("cluster.new")
 def test_cluster_info_starts_empty():
     info = LLMClusterInfo()
     assert (info.remote_cluster_id, info.remote_role_type) == (None, None)
     assert info.local_ip_info_list == info.remote_ip_info_list == []
 
 
+@pytest.mark.parity("cluster.append_ip_info", "cluster.ip_info_lists")
 @pytest.mark.parametrize("side", ["local", "remote"])
 def test_append_ip_info(side):
     info = LLMClusterInfo()
@@ -330,6 +345,7 @@ def test_append_ip_info(side):
     assert len(live) == 3
 
 
+@pytest.mark.parity("cluster.remote_cluster_id")
 @pytest.mark.parametrize(
     ("value", "error"), [(None, TypeError), ("1", TypeError), (-1, ValueError), (2**64, ValueError)]
 )
@@ -341,6 +357,7 @@ def test_remote_cluster_id(value, error):
     assert info.remote_cluster_id == 2**64 - 1
 
 
+@pytest.mark.parity("cluster.remote_role_type")
 def test_remote_role_type():
     info = LLMClusterInfo()
     for value in (LLMRole.PROMPT, 7, None):
@@ -350,6 +367,7 @@ def test_remote_role_type():
         info.remote_role_type = "PROMPT"
 
 
+@pytest.mark.parity("enum.role")
 @pytest.mark.parametrize(("name", "value"), [("PROMPT", 1), ("DECODER", 2), ("MIX", 3)])
 def test_roles(name, value):
     assert LLMRole[name] == value and str(LLMRole[name]) == f"LLMRole.{name}"

@@ -15,6 +15,12 @@ import llm_datadist
 ROOT = Path(llm_datadist.__file__).parent.parent
 
 V1_NAMES = ["TensorDesc", "Tensor", "KvCacheManager"]
+V2_NAMES = [
+    "LLMClusterInfo", "LLMStatusCode", "LLMException", "LLMRole", "LlmConfig", "LLMConfig", "DataType", "Status",
+    "CacheDesc", "CacheKey", "CacheKeyByIdAndIndex", "KvCache", "Cache", "BlocksCacheKey", "LLMDataDist", "Placement",
+    "RegisterMemStatus", "LayerSynchronizer", "TransferConfig", "CacheTask", "TransferWithCacheKeyConfig", "Memtype",
+    "MemInfo",
+]
 
 
 def run(program, *paths, **env):
@@ -27,6 +33,7 @@ def run(program, *paths, **env):
     return done.stdout
 
 
+@pytest.mark.parity("module.import")
 def test_star_import_binds_every_name_and_loads_neither_numpy_nor_the_engine():
     program = f"""
 from llm_datadist import *
@@ -43,10 +50,10 @@ print(missing, heavy, native, "{ROOT}/llm_datadist/" in maps)
     assert run(program) == "[] [] [] False\n"
 
 
+@pytest.mark.parity("module.all", "module.v2_list", "module.unknown_attribute")
 def test_names():
-    assert len(llm_datadist.__all__) == 26
-    assert llm_datadist.__all__[-3:] == V1_NAMES
-    assert llm_datadist.v2_list == llm_datadist.__all__[:23]
+    assert llm_datadist.__all__ == [*V2_NAMES, *V1_NAMES]
+    assert llm_datadist.v2_list == V2_NAMES
     assert all(hasattr(llm_datadist, name) for name in llm_datadist.v2_list)
     assert llm_datadist.__version__ == "0.1.0"
     assert not {*V1_NAMES} & {*vars(llm_datadist)}  # looked up anew each time
@@ -56,6 +63,7 @@ def test_names():
         from llm_datadist import Nothing  # noqa: F401
 
 
+@pytest.mark.parity("module.lazy_names")
 def test_lazy_names_are_those_of_v1():
     import llm_datadist_v1
 
@@ -63,6 +71,7 @@ def test_lazy_names_are_those_of_v1():
         assert getattr(llm_datadist, name) is getattr(llm_datadist_v1, name)
 
 
+@pytest.mark.parity("module.lazy_names")
 def test_without_v1_the_lazy_names_are_import_errors():
     program = f"""
 import sys
@@ -84,6 +93,7 @@ print([name for name in llm_datadist.v2_list if not hasattr(llm_datadist, name)]
     assert run(program) == "[]\n"
 
 
+@pytest.mark.parity("module.import")
 @pytest.mark.parametrize("package", ["llm_datadist", "llm_datadist_v1"])
 def test_uc_memory_variable(package):
     program = f"import {package}, os; print(os.environ['AUTO_USE_UC_MEMORY'])"
@@ -91,6 +101,7 @@ def test_uc_memory_variable(package):
     assert run(program, AUTO_USE_UC_MEMORY="1") == "1\n"
 
 
+@pytest.mark.parity("module.numpy_tables")
 @pytest.mark.parametrize("name", ["dtype_to_np_dtype", "valid_np_dtypes", "np_dtype_to_dtype"])
 def test_numpy_tables_are_built_on_first_need(name):
     pytest.importorskip("numpy")

@@ -75,6 +75,7 @@ def refused(error, text, call, *args, options=ONE_SIDED, **kwargs):
 EVERY = 0, TENSORS
 
 
+@pytest.mark.parity("manager.push_cache")
 @pytest.mark.parametrize(
     ("args", "kwargs", "ends", "layers"),
     [
@@ -94,6 +95,7 @@ def test_push_cache_is_one_push_of_all_layers(args, kwargs, ends, layers):
     assert pushed("push_cache", *args, **kwargs) == ([9, 3, 0, 0, *ends, *layers, 0], [], [], [])
 
 
+@pytest.mark.parity("manager.push_blocks")
 @pytest.mark.parametrize("form", [list, tuple, np.array])
 def test_push_blocks_is_one_push_of_all_layers(form):
     words = [9, 1, -1, 6, 0, 0, 4, 0, 2, 6, 0, 6, 2, 0]
@@ -169,7 +171,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [pytest.param(call, marks=pytest.mark.parity(f"manager.{call}")) for call in CALLS])
 def test_pushes_are_checked_in_order(call):
     good, checks = CALLS[call]
     for wrong, error, text in checks:
@@ -189,6 +191,7 @@ def test_blocks_keys_of_no_number_are_no_destination():
 INFO = MemInfo(Memtype.MEM_TYPE_DEVICE, 1234, 1)
 
 
+@pytest.mark.parity("manager.remap_registered_memory")
 @pytest.mark.parametrize("infos", [INFO, [INFO], [INFO, MemInfo(Memtype.MEM_TYPE_DEVICE, U64MAX, U64MAX)]])
 def test_memory_is_remapped_by_one_call(infos):
     engine = Engine()
@@ -196,6 +199,7 @@ def test_memory_is_remapped_by_one_call(infos):
     assert engine.remaps == 1
 
 
+@pytest.mark.parity("manager.remap_registered_memory")
 @pytest.mark.parametrize(
     ("infos", "error", "text"),
     [

@@ -52,10 +52,12 @@ CODES = {
 }
 
 
+@pytest.mark.parity("enum.status_code")
 def test_codes_stand_in_the_documented_order():
     assert list(LLMStatusCode.__members__) == list(CODES)
 
 
+@pytest.mark.parity("enum.status_code", "module.status_constants", "module.code_2_status")
 @pytest.mark.parametrize("name", CODES)
 def test_code_has_its_value_text_and_constant(name):
     value, constant = CODES[name]
@@ -71,11 +73,13 @@ def test_code_has_its_value_text_and_constant(name):
         assert type(getattr(llm_datadist_wrapper, constant)) is int
 
 
+@pytest.mark.parity("module.code_2_status")
 @pytest.mark.parametrize("value", [0x5010B014, 0x5010B015, 0x5010B016, 0x5010B017, -1, 1, 507899, 2**70])
 def test_a_value_without_member_is_failed(value):
     assert code_2_status(value) is LLMStatusCode.LLM_FAILED
 
 
+@pytest.mark.parity("error.status")
 def test_status_tells_success():
     assert Status(LLMStatusCode.LLM_SUCCESS).is_ok() is True
     failed = Status(LLMStatusCode.LLM_TIMEOUT)
@@ -94,6 +98,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.parity("error.exception", "error.status_code")
 def test_exception_has_documented_defaults():
     error = LLMException("m", 5)
     assert isinstance(error, RuntimeError)
@@ -118,6 +123,7 @@ def test_exception_survives_copying_and_pickling(clone):
     assert other.note == "added later"
 
 
+@pytest.mark.parity("error.exception", "error.status_code")
 @pytest.mark.parametrize("name", FIELDS)
 def test_exception_fields_are_read_only_and_keyword_only(name):
     error = LLMException("m", **{name: FIELDS[name]})
@@ -126,6 +132,7 @@ def test_exception_fields_are_read_only_and_keyword_only(name):
         setattr(error, name, None)
 
 
+@pytest.mark.parity("module.handle_llm_status")
 def test_handle_llm_status():
     handle_llm_status(0, "pull", "none")
     handle_llm_status(LLMStatusCode.LLM_SUCCESS, "pull", "none")
@@ -138,6 +145,7 @@ def test_handle_llm_status():
     assert failure.value.status_code is LLMStatusCode.LLM_FAILED
 
 
+@pytest.mark.parity("module.raise_if")
 @pytest.mark.parametrize(("check", "good", "bad"), [(raise_if_false, [1], []), (raise_if_true, "", "x")])
 def test_raise_if(check, good, bad, capsys):
     check(good, "never formatted {", 1)
@@ -154,6 +162,7 @@ def test_raise_if(check, good, bad, capsys):
 # --- the log
 
 
+@pytest.mark.parity("module.log")
 def test_a_log_line_names_the_caller(capsys):
     log.error("50%% of %s", "all")
     line = capsys.readouterr().out
@@ -164,6 +173,7 @@ def test_a_log_line_names_the_caller(capsys):
     assert "test_types_status.py:" in capsys.readouterr().out
 
 
+@pytest.mark.parity("module.log")
 def test_there_is_one_handler_and_no_propagation():
     logger = log.get_logger()
     assert logger is logging.getLogger("LLM_DATADIST") is log.get_logger()
@@ -184,6 +194,7 @@ LEVELS = [
 ]
 
 
+@pytest.mark.parity("module.log")
 @pytest.mark.parametrize(("value", "level"), LEVELS)
 def test_level_comes_from_the_environment_once(monkeypatch, value, level):
     if value is None:
@@ -196,6 +207,7 @@ def test_level_comes_from_the_environment_once(monkeypatch, value, level):
     assert logging.getLevelName(package_log.get_logger().level) == level
 
 
+@pytest.mark.parity("module.log")
 @pytest.mark.parametrize(("name", "shown"), [("info", False), ("warn", True), ("error", True)])
 def test_levels_of_the_functions(monkeypatch, capsys, name, shown):
     monkeypatch.setenv(log.LEVEL_VARIABLE, "2")
@@ -203,10 +215,12 @@ def test_levels_of_the_functions(monkeypatch, capsys, name, shown):
     assert ("hello 3" in capsys.readouterr().out) is shown
 
 
+@pytest.mark.parity("module.log")
 def test_find_caller_returns_the_first_frame_outside():
     file, line, function, stack = log._find_caller()
+    here = sys._getframe().f_lineno
     assert (file, function, stack) == (__file__, "test_find_caller_returns_the_first_frame_outside", None)
-    assert line == test_find_caller_returns_the_first_frame_outside.__code__.co_firstlineno + 1
+    assert line == here - 1
     assert log._find_caller(True)[3].startswith("Stack (most recent call last):\n")
 
     def helper():

@@ -107,6 +107,7 @@ def lines():
 # --- the words that cross
 
 
+@pytest.mark.parity("manager.transfer_cache_async")
 def test_addresses_go_with_their_layer():
     layers = range(1, 3)
     got = pushes([raw(9, layers, [10, 11, 12, 2**64 - 1], 3)])
@@ -117,6 +118,7 @@ def test_addresses_go_with_their_layer():
     ]
 
 
+@pytest.mark.parity("manager.transfer_cache_async")
 def test_layers_of_the_destination_count_from_its_own_first():
     got = pushes([keyed(src=range(1, 3), dst=range(5, 7), batch=3)], options=ONE_SIDED)
     head = [1, 3, 0, 0, 7, 2, 3, 3]
@@ -131,6 +133,7 @@ def test_a_blocks_key_is_row_0_of_both_sides():
     assert pushes([config], options=ONE_SIDED)[0][0][7] == 0
 
 
+@pytest.mark.parity("manager.transfer_cache_async")
 @pytest.mark.parametrize("form", [list, tuple, np.array])
 def test_blocks_go_along_with_each_layer(form):
     config = raw(layers=range(1))
@@ -161,6 +164,7 @@ def test_what_was_given_is_copied():
 # --- the thread
 
 
+@pytest.mark.parity("manager.transfer_cache_async", "type.layer_synchronizer")
 def test_each_layer_is_asked_for_once_and_goes_to_the_configs_in_order():
     synchronizer, engine = Ready(), Engine()
     configs = (raw(1, range(2)), raw(2, range(1, 2)), raw(3, range(1)))
@@ -187,6 +191,7 @@ def test_no_configs_are_a_transfer_of_nothing():
     assert task.get_results() == [] and synchronizer.asked == []
 
 
+@pytest.mark.parity("manager.transfer_cache_async", "type.task_get_results")
 def test_a_layer_that_does_not_come_ends_the_transfer():
     engine = Engine()
     configs = [raw(1, range(1)), raw(2, range(2)), raw(3, range(2, 3))]
@@ -196,6 +201,7 @@ def test_a_layer_that_does_not_come_ends_the_transfer():
     assert [(words[0], words[8]) for words, *_ in engine.pushes] == [(1, 0), (2, 0)]
 
 
+@pytest.mark.parity("manager.transfer_cache_async", "type.task_synchronize")
 def test_a_push_that_fails_ends_the_transfer(lines):
     engine = Engine({(2, 2): NOT_YET_LINK})
     configs = [raw(1), raw(2), raw(3)]
@@ -258,17 +264,25 @@ def test_the_thread_is_waited_for_at_exit_whoever_started_it():
     assert tasks[0].synchronize(SECONDS) is OK
 
 
+@pytest.mark.parity("module.llm_utils")
 def test_the_code_of_a_timeout_is_the_tasks():
+    older = LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+
     class Older(CacheTask):
-        _TIMEOUT_CODE = LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+        _TIMEOUT_CODE = older
+
+    def begin(engine):
+        classes = {"config_class": TransferConfig, "task_class": Older}
+        return llm_utils.transfer_cache_async(
+            engine, CACHE, Ready(lambda _: go.wait(30)), [raw(), raw(2)], None, None, None, **classes
+        )
 
     go = threading.Event()
-    task = llm_utils.transfer_cache_async(
-        Engine(), CACHE, Ready(lambda _: go.wait(30)), [raw()], None, None, None, config_class=TransferConfig, task_class=Older
-    )
-    assert task.synchronize(0) is LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT
+    tasks = begin(Engine()), begin(Engine({(2, 4): TIMEOUT}))
+    assert [task.synchronize(0) for task in tasks] == [older, older]
     go.set()
-    assert task.synchronize() is OK
+    assert [task.synchronize(SECONDS) for task in tasks] == [OK, older]
+    assert tasks[1].get_results() == [OK, older]
 
 
 # --- the checks, in their order: of two wrong arguments the earlier check is heard
@@ -334,6 +348,7 @@ def refused(error, text, options=None, **arguments):
     assert engine.pushes == []
 
 
+@pytest.mark.parity("manager.transfer_cache_async")
 def test_transfers_are_checked_in_order():
     for wrong, error, text in CHECKS:
         refused(error, text, **{**GOOD, **wrong})
@@ -349,6 +364,7 @@ def test_a_size_of_blocks_needs_blocks():
     refused(TypeError, "transfer_configs only support", **{**GOOD, **size, "transfer_configs": 1})
 
 
+@pytest.mark.parity("manager.transfer_cache_async")
 @pytest.mark.parametrize("configs", [[raw()], [keyed(), raw()]])
 def test_one_sided_mode_takes_keys_only(configs):
     refused(TypeError, "only support TransferWithCacheKeyConfig", ONE_SIDED, **{**GOOD, "transfer_configs": configs})

@@ -40,6 +40,7 @@ LISTS = {
 }
 
 
+@pytest.mark.parity("module.checks")
 @PACKAGES
 @pytest.mark.parametrize("name", RANGES)
 def test_integer_checks(checks, name):
@@ -54,6 +55,7 @@ def test_integer_checks(checks, name):
             check("arg", value)
 
 
+@pytest.mark.parity("module.checks")
 @pytest.mark.parametrize("name", LISTS)
 def test_integer_list_checks(name):
     check, (low, high) = getattr(utils, name), LISTS[name]
@@ -84,6 +86,7 @@ def test_list_check_agrees_with_its_elements(values):
             utils.check_list_uint64("arg", values)
 
 
+@pytest.mark.parity("module.checks")
 @PACKAGES
 def test_check_isinstance(checks):
     check = checks.check_isinstance
@@ -109,6 +112,7 @@ def test_check_isinstance(checks):
         check("arg", None, int, allow_none=False)
 
 
+@pytest.mark.parity("module.checks")
 @PACKAGES
 def test_check_inner_and_dict(checks):
     checks.check_inner("arg", (1, 2), int)
@@ -123,6 +127,7 @@ def test_check_inner_and_dict(checks):
         checks.check_dict("arg", None, int, list)
 
 
+@pytest.mark.parity("module.checks")
 def test_positive_or_default():
     assert utils.check_positive_or_set_default("arg", None) == -1
     assert utils.check_positive_or_set_default("arg", None, 7) == 7
@@ -173,11 +178,13 @@ TYPES = {  # value, bytes, numpy
 }
 
 
+@pytest.mark.parity("enum.data_type")
 def test_data_types_stand_in_the_documented_order():
     assert list(DataType.__members__) == list(TYPES)
     assert not issubclass(DataType, enum.IntEnum)
 
 
+@pytest.mark.parity("enum.data_type", "module.dtype_from_wrapper", "module.calc_tensor_size")
 @pytest.mark.parametrize("name", TYPES)
 def test_data_type(name):
     np = pytest.importorskip("numpy")
@@ -197,6 +204,7 @@ def test_data_type(name):
         assert data_types.np_dtype_to_dtype[np.dtype(np_name)] is dtype
 
 
+@pytest.mark.parity("module.dtype_from_wrapper")
 def test_unknown_data_types():
     with pytest.raises(ValueError):
         data_types.get_python_dtype_from_wrapper_dtype(5)
@@ -205,6 +213,7 @@ def test_unknown_data_types():
             llm_utils.to_data_type(text)
 
 
+@pytest.mark.parity("module.numpy_tables")
 @pytest.mark.parametrize("module", ["llm_datadist.data_type", "llm_datadist_v1.data_type"])
 def test_numpy_tables(module):
     pytest.importorskip("numpy")
@@ -216,6 +225,7 @@ def test_numpy_tables(module):
         types.other  # noqa: B018
 
 
+@pytest.mark.parity("module.calc_tensor_size")
 @pytest.mark.parametrize(
     ("shape", "dtype", "size"),
     [
@@ -239,6 +249,7 @@ def test_sizes_at_the_limits(shape, dtype, size):
 # --- llm_utils
 
 
+@pytest.mark.parity("module.llm_utils")
 def test_clone():
     desc = CacheDesc(3, [4, 5], DataType.DT_BF16, Placement.HOST, 1, 0, "x")
     clone = llm_utils.clone_cache_desc(desc)
@@ -248,6 +259,7 @@ def test_clone():
     assert llm_utils.clone_cache_desc(CacheDesc(1, (2,), DataType.DT_INT8)).shape == (2,)
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("shape", "code"),
     [([1, -1], None), ([], "LLM_PARAM_INVALID"), ([1, 0], "LLM_PARAM_INVALID"), ([-2], "LLM_SUCCESS")],
@@ -261,12 +273,14 @@ def test_verify_cache_shape(shape, code):
     assert failure.value.status_code is LLMStatusCode[code]
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(("value", "invalid"), [(-1, True), (2**64 - 1, True), (0, False), (2**64 - 2, False)])
 def test_ids(value, invalid):
     assert llm_utils.is_invalid_id(value) is invalid
     assert llm_utils.is_valid_id(value) is not invalid
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("src", "dst", "number", "expected"),
     [
@@ -284,6 +298,7 @@ def test_tensor_indices(src, dst, number, expected):
         assert llm_utils.layer_range_to_tensor_indices(src, dst) == expected
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("layers", "error"),
     [
@@ -303,6 +318,7 @@ def test_tensor_indices_refuse(layers, error):
         assert type(failure.value) is error
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -335,6 +351,7 @@ def options(shapes="2,4;2,4", dtypes="1;1", seq=None, tensor_format=None):
     return {key: value for key, value in given_.items() if value is not None}
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     ("given_", "shape", "seq"),
     [
@@ -352,6 +369,7 @@ def test_desc_by_options(given_, shape, seq):
     assert llm_utils.CacheDescParser.parse_by_options(given_).kv_tensor_format is None
 
 
+@pytest.mark.parity("module.llm_utils")
 @pytest.mark.parametrize(
     "given_",
     [

@@ -63,6 +63,7 @@ def test_task_has_its_own_timeout_code():
 np = pytest.importorskip("numpy")
 
 
+@pytest.mark.parity("type.tensor_desc")
 def test_tensor_desc():
     shape = (1, 2)
     desc = TensorDesc(DataType.DT_FLOAT, shape)
@@ -78,6 +79,7 @@ def test_tensor_desc():
 NUMERIC = [dtype for dtype in DataType if dtype not in (DataType.DT_STRING, DataType.DT_BF16, DataType.DT_FLOAT16)]
 
 
+@pytest.mark.parity("type.tensor")
 @pytest.mark.parametrize("dtype", NUMERIC)
 @pytest.mark.parametrize("with_desc", [False, True])
 def test_numeric_tensor(dtype, with_desc):
@@ -95,6 +97,7 @@ def test_numeric_tensor(dtype, with_desc):
     assert str(tensor) == f"Tensor({expected},tensor_desc=TensorDesc(dtype={dtype}, shape=[2, 3]))"
 
 
+@pytest.mark.parity("type.tensor")
 def test_half_precision_comes_flat():
     source = np.arange(6, dtype=np.float16).reshape(2, 3)
     tensor = Tensor(source)
@@ -104,6 +107,7 @@ def test_half_precision_comes_flat():
     assert not np.shares_memory(tensor.numpy(True), tensor.numpy())
 
 
+@pytest.mark.parity("type.tensor")
 def test_bf16_is_widened_and_comes_flat():
     values = np.array([[1.0, -2.5], [0.15625, 3e38]], np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -115,6 +119,7 @@ def test_bf16_is_widened_and_comes_flat():
     assert tensor.numpy()[:3].tolist() == [1.0, -2.5, 0.15625]
 
 
+@pytest.mark.parity("type.tensor")
 @pytest.mark.parametrize("desc", [None, TensorDesc(DataType.DT_STRING, [2, 2])])
 def test_strings(desc):
     source = np.array([["ab", "\u00e4bcd"], ["", "x"]])
@@ -128,6 +133,7 @@ def test_strings(desc):
     assert "DataType.DT_STRING, shape=[2, 2]" in str(tensor)
 
 
+@pytest.mark.parity("type.tensor")
 def test_a_tensor_of_a_tensor_is_independent():
     first = Tensor(np.arange(3))
     second = Tensor(first)
@@ -136,6 +142,7 @@ def test_a_tensor_of_a_tensor_is_independent():
     assert str(second).endswith("tensor_desc=TensorDesc(dtype=DataType.DT_INT64, shape=[3]))")
 
 
+@pytest.mark.parity("type.tensor")
 def test_a_tensor_at_an_address_is_a_view():
     memory = np.arange(6, dtype=np.int32)
     tensor = Tensor.from_tensor_tuple((memory.ctypes.data, DataType.DT_INT32.value, [2, 3]))
@@ -153,6 +160,7 @@ def test_a_tensor_at_an_address_is_a_view():
         Tensor.from_tensor_tuple((1, 0, [0]))
 
 
+@pytest.mark.parity("type.tensor")
 @pytest.mark.parametrize(
     ("data", "desc", "error"),
     [
@@ -178,6 +186,7 @@ def test_tensor_refuses(data, desc, error):
     assert type(failure.value) is error
 
 
+@pytest.mark.parity("type.tensor")
 @pytest.mark.parametrize("copy", [None, 1, "yes"])
 def test_copy_is_a_bool(copy):
     with pytest.raises(TypeError):

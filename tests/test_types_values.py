@@ -45,9 +45,16 @@ def refused(error, make, *args, text="", code=LLMStatusCode.LLM_PARAM_INVALID, *
         assert failure.value.status_code is code
 
 
+def refuses_assignment(value, *names):
+    for name in names:
+        with pytest.raises(AttributeError):
+            setattr(value, name, 1)
+
+
 # --- enums
 
 
+@pytest.mark.parity("enum.placement", "enum.register_mem_status", "enum.memtype")
 @pytest.mark.parametrize(
     ("enum", "members"),
     [
@@ -88,6 +95,7 @@ def test_exported_names():
 # --- MemInfo
 
 
+@pytest.mark.parity("type.mem_info")
 def test_mem_info():
     info = MemInfo(Memtype.MEM_TYPE_DEVICE, 1234, 1)
     assert (info.mem_type, info.addr, info.size) == (Memtype.MEM_TYPE_DEVICE, 1234, 1)
@@ -100,6 +108,7 @@ def test_mem_info():
 # --- CacheDesc
 
 
+@pytest.mark.parity("type.cache_desc_fields")
 def test_desc_properties():
     shape = [2, 4]
     desc = CacheDesc(1, shape, DataType.DT_FLOAT16, Placement.HOST, 1, 0, "ND")
@@ -107,11 +116,11 @@ def test_desc_properties():
     assert (desc.num_tensors, desc.data_type, desc.placement) == (1, DataType.DT_FLOAT16, Placement.HOST)
     assert (desc.batch_dim, desc.batch_size, desc.seq_len_dim_index, desc.kv_tensor_format) == (1, 4, 0, "ND")
     assert desc.size == 16
-    for name in ("shape", "size", "num_tensors", "placement"):
-        with pytest.raises(AttributeError):
-            setattr(desc, name, 1)
+    refuses_assignment(desc, "num_tensors", "shape", "data_type", "placement", "batch_dim", "batch_size", "size")
+    refuses_assignment(desc, "seq_len_dim_index", "kv_tensor_format")
 
 
+@pytest.mark.parity("type.cache_desc_text")
 def test_desc_repr():
     assert repr(CacheDesc(1, [2, 4], INT8)) == (
         "CacheDesc(num_tensors=1, shape=[2, 4], data_type=DataType.DT_INT8, placement=Placement.DEVICE, "
@@ -122,6 +131,7 @@ def test_desc_repr():
     )
 
 
+@pytest.mark.parity("type.cache_desc")
 @pytest.mark.parametrize(
     ("args", "error"),
     [
@@ -158,6 +168,7 @@ def test_desc_refuses(args, error):
     refused(error, CacheDesc, *args)
 
 
+@pytest.mark.parity("type.cache_desc_size")
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.sampled_from([(INT8, 1), (DataType.DT_STRING, 16)]))
 def test_desc_size_is_the_product(shape, dtype):
     size = dtype[1]
@@ -166,6 +177,7 @@ def test_desc_size_is_the_product(shape, dtype):
     assert CacheDesc(1, shape, dtype[0]).size == size
 
 
+@pytest.mark.parity("type.cache_desc_size")
 @pytest.mark.parametrize("shape", [[0], [2, -1], [2**62, 2], [2**40, 2**40]])
 def test_desc_without_size(shape):
     desc = CacheDesc(1, shape, INT8)
@@ -174,6 +186,7 @@ def test_desc_without_size(shape):
     assert failure.value.status_code is LLMStatusCode.LLM_SUCCESS
 
 
+@pytest.mark.parity("type.cache_desc_update_dim")
 def test_update_dim():
     desc = CacheDesc(1, [2, 4], INT8)
     assert desc.size == 8
@@ -189,6 +202,7 @@ def host_desc(num_tensors=2):
     return CacheDesc(num_tensors, [2], INT8, Placement.HOST)
 
 
+@pytest.mark.parity("type.cache", "type.cache_text")
 def test_cache():
     desc, addrs = host_desc(), [10, 20]
     cache = Cache(1, desc, addrs, None, False, True)
@@ -202,14 +216,17 @@ def test_cache():
     refused(TypeError, Cache, "1", desc, [], None, False, False)
     refused(ValueError, Cache, 2**63, desc, [], None, False, False)
     assert not hasattr(Cache, "__del__")
+    refuses_assignment(cache, "cache_id", "cache_desc", "tensor_addrs", "is_blocks_cache")
 
 
+@pytest.mark.parity("type.create_cpu_cache")
 def test_cpu_cache():
     cache = Cache.create_cpu_cache(host_desc(), [1, 2])
     assert (cache.cache_id, cache.tensor_addrs, cache.is_blocks_cache) == (-1, [1, 2], True)
     assert cache._is_registered is False
 
 
+@pytest.mark.parity("type.create_cpu_cache")
 @pytest.mark.parametrize(
     ("args", "error"),
     [
@@ -227,14 +244,17 @@ def test_cpu_cache_refuses(args, error):
     refused(error, Cache.create_cpu_cache, *args)
 
 
+@pytest.mark.parity("type.kv_cache", "type.kv_cache_text")
 def test_kv_cache():
     desc = host_desc()
     cache = KvCache(1, desc, [[1, 2]], None)
     assert (cache.cache_id, cache.per_device_tensor_addrs) == (1, [[1, 2]]) and cache.cache_desc is desc
     assert repr(cache) == str(cache) == "KvCache(cache_id = 1, num_devices = 1)"
     refused(ValueError, KvCache, 2**63, desc, [], None)
+    refuses_assignment(cache, "cache_id", "cache_desc", "per_device_tensor_addrs")
 
 
+@pytest.mark.parity("type.kv_cache_create_cpu")
 @pytest.mark.parametrize(
     ("addrs", "expected"), [([1, 2], [[1, 2]]), ([[1, 2]], [[1, 2]]), ([[1, 2], [3, 4]], [[1, 2], [3, 4]])]
 )
@@ -244,6 +264,7 @@ def test_cpu_kv_cache(addrs, expected):
     assert cache._kv_cache_manager is None
 
 
+@pytest.mark.parity("type.kv_cache_create_cpu")
 @pytest.mark.parametrize(
     ("args", "error", "text"),
     [
@@ -296,6 +317,7 @@ def test_dropping_a_kv_cache_never_raises():
 # --- keys
 
 
+@pytest.mark.parity("type.blocks_cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "fields", "text"),
     [
@@ -316,6 +338,7 @@ def test_blocks_key(args, kwargs, fields, text):
     assert repr(key) == text
 
 
+@pytest.mark.parity("type.blocks_cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "text"),
     [
@@ -334,6 +357,7 @@ def test_blocks_key_refuses(args, kwargs, error, text):
     refused(error, BlocksCacheKey, *args, text=text, **kwargs)
 
 
+@pytest.mark.parity("type.cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "fields"),
     [
@@ -354,6 +378,7 @@ def test_cache_key(args, kwargs, fields):
     )
 
 
+@pytest.mark.parity("type.cache_key")
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "text"),
     [
@@ -374,6 +399,7 @@ def test_cache_key_refuses(args, kwargs, error, text):
     refused(error, CacheKey, *args, text=text, **kwargs)
 
 
+@pytest.mark.parity("type.cache_key_by_id")
 def test_key_by_id():
     key = CacheKeyByIdAndIndex(1, 1)
     assert repr(key) == str(key) == "CacheKeyByIdAndIndex(cluster_id=1, cache_id=1, batch_index=0)"
@@ -432,6 +458,7 @@ BLOCKS, BY_ID = BlocksCacheKey(4, 1), CacheKeyByIdAndIndex(5, 6)
 R1, R2 = range(1), range(2)
 
 
+@pytest.mark.parity("type.transfer_with_key_config")
 def test_transfer_with_key():
     config = TransferWithCacheKeyConfig(BlocksCacheKey(1), R1, R1)
     assert (
@@ -452,6 +479,7 @@ def test_transfer_with_key():
     assert (config.src_layer_range, config.dst_layer_range) == (None, R1)
 
 
+@pytest.mark.parity("type.transfer_with_key_config")
 @pytest.mark.parametrize(
     ("args", "error"),
     [
@@ -473,6 +501,7 @@ def test_transfer_with_key_refuses(args, error):
     refused(error, TransferWithCacheKeyConfig, *args)
 
 
+@pytest.mark.parity("type.transfer_with_key_config")
 @pytest.mark.parametrize(
     ("key", "name", "value", "error"),
     [
@@ -492,6 +521,7 @@ def test_transfer_with_key_setters_refuse(key, name, value, error):
     assert getattr(config, name) is before
 
 
+@pytest.mark.parity("type.transfer_config")
 def test_transfer_config():
     config = TransferConfig(1, [2, 3], range(3))
     assert (
@@ -506,6 +536,7 @@ def test_transfer_config():
     assert TransferConfig(1, []).dst_addrs == []
 
 
+@pytest.mark.parity("type.transfer_config")
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -531,6 +562,7 @@ def test_transfer_config_refuses(name, value, error):
     refused(error, TransferConfig, **{**arguments, name: value})
 
 
+@pytest.mark.parity("type.layer_synchronizer")
 def test_layer_synchronizer_is_abstract():
     refused(TypeError, LayerSynchronizer)
 
@@ -560,6 +592,7 @@ class Transfer(threading.Thread):
         return self._shown
 
 
+@pytest.mark.parity("type.task_synchronize", "type.task_get_results")
 @pytest.mark.parametrize(
     ("results", "code"),
     [
@@ -581,6 +614,7 @@ def test_task_reports_timeout_and_then_results(results, code):
     assert task.get_results() == task.get_results(0) == results
 
 
+@pytest.mark.parity("type.task_synchronize", "type.task_get_results")
 @pytest.mark.parametrize(
     ("timeout", "error"), [("1", TypeError), (1.0, TypeError), (-1, ValueError), (2**32, ValueError)]
 )

@@ -113,6 +113,7 @@ def filled(cache, number):
 # --- within a process
 
 
+@pytest.mark.parity("kv_manager.copies")
 def test_rows_are_copied(manager):
     src = filled(manager.allocate_cache(desc([3, 8], 2)), 1)
     dst = filled(manager.allocate_cache(desc([2, 6], 2)), 2)
@@ -125,6 +126,7 @@ def test_rows_are_copied(manager):
     assert np.array_equal(content(src)[:8], pattern(1, 0, 24)[8:16])
 
 
+@pytest.mark.parity("kv_manager.copies")
 def test_copy_cache_refuses(manager):
     cache, other = manager.allocate_cache(desc([2, 8])), manager.allocate_cache(desc([2, 8], 2))
     host = KvCache.create_cpu_cache(desc([2, 8], placement=HOST), [1])
@@ -145,6 +147,7 @@ def test_copy_cache_refuses(manager):
     refused(manager.copy_cache, cache, other, code=NOT_EXIST)
 
 
+@pytest.mark.parity("kv_manager.copies")
 def test_blocks_are_copied(manager):
     cache = filled(manager.allocate_blocks_cache(desc([5, 4], 2)), 1)
     manager.copy_blocks(cache, {0: [3, 4], 4: [1]})
@@ -162,6 +165,7 @@ def test_blocks_are_copied(manager):
     refused(manager.copy_blocks, 1, {}, error=TypeError)
 
 
+@pytest.mark.parity("kv_manager.copies")
 def test_blocks_are_swapped_out_and_in(manager):
     device = filled(manager.allocate_blocks_cache(desc([4, 8], 2)), 1)
     memory = [pattern(2, tensor, 24) for tensor in range(2)]
@@ -181,6 +185,7 @@ def test_blocks_are_swapped_out_and_in(manager):
     refused(manager.swap_blocks, 1, host, {}, error=TypeError)
 
 
+@pytest.mark.parity("kv_manager.get_cache_tensors", "type.tensor")
 def test_tensors_look_at_the_memory_of_a_cache(manager):
     cache = filled(manager.allocate_cache(desc([2, 3], 2, DataType.DT_INT16)), 1)
     [tensor] = manager.get_cache_tensors(cache, 1)
@@ -195,10 +200,12 @@ def test_tensors_look_at_the_memory_of_a_cache(manager):
     refused(build_npu_tensors, cache, 1)
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_an_unknown_cache_can_not_be_deallocated(manager):
     refused(manager.deallocate_cache, KvCache(77, desc([1, 8]), [[1]], None), code=NOT_EXIST)
 
 
+@pytest.mark.parity("kv_manager.owning")
 @pytest.mark.parametrize("engine", [{"role": LLMRole.PROMPT}], indirect=True)
 def test_a_key_in_use_is_the_older_failure(manager):
     cache = manager.allocate_cache(desc([1, 8]), [KEY])
@@ -220,6 +227,7 @@ def test_allocate_blocks_cache_refuses(manager):
     refused(manager.allocate_blocks_cache, desc([1, 8]), BlocksCacheKey(DECODER))
 
 
+@pytest.mark.parity("kv_manager.pulls")
 def test_pull_blocks_refuses(manager):
     cache, key = manager.allocate_blocks_cache(desc([4, 8])), BlocksCacheKey(PROMPT)
     host = KvCache.create_cpu_cache(desc([4, 8], placement=HOST), [1])
@@ -240,6 +248,7 @@ def test_pull_blocks_refuses(manager):
 # --- several devices
 
 
+@pytest.mark.parity("kv_manager.owning")
 @pytest.mark.parametrize("engine", [{"device_id": [0, 1]}], indirect=True)
 def test_each_device_gets_its_tensors(process, engine, manager):
     address = process.run(TWO_DEVICES)
@@ -299,6 +308,7 @@ def received(process, size):
     return [np.frombuffer(each, np.uint8)[:size] for each in process.run(RECEIVED)]
 
 
+@pytest.mark.parity("kv_manager.transfer_cache_async")
 def test_rows_are_transferred_layer_by_layer(process, prompt):
     addrs = process.run(RECEIVE, described=desc([2, 8], 4), blocks=False)
     cache = filled(prompt.allocate_cache(desc([3, 8], 4)), 1)
@@ -314,6 +324,7 @@ def test_rows_are_transferred_layer_by_layer(process, prompt):
         assert np.array_equal(got, expected)
 
 
+@pytest.mark.parity("kv_manager.transfer_cache_async")
 def test_blocks_are_transferred(process, prompt):
     addrs = process.run(RECEIVE, described=desc([4, 8], 2), blocks=True)
     cache = filled(prompt.allocate_blocks_cache(desc([3, 8], 2)), 1)
@@ -327,6 +338,7 @@ def test_blocks_are_transferred(process, prompt):
     assert task.synchronize() is PARAM_INVALID  # not the size of a block
 
 
+@pytest.mark.parity("kv_manager.transfer_cache_async")
 def test_addresses_outside_the_caches_of_the_receiver_are_refused(process, prompt):
     addrs = process.run(RECEIVE, described=desc([1, 8], 2), blocks=False)
     cache = filled(prompt.allocate_cache(desc([1, 8], 2)), 1)
@@ -338,6 +350,7 @@ def test_addresses_outside_the_caches_of_the_receiver_are_refused(process, promp
         assert np.array_equal(got, pattern(50, tensor, 8))
 
 
+@pytest.mark.parity("kv_manager.transfer_cache_async", "type.task_synchronize", "type.task_get_results")
 def test_a_task_waits_with_the_older_code(process, prompt):
     addrs = process.run(RECEIVE, described=desc([1, 8], 2), blocks=False)
     cache = filled(prompt.allocate_cache(desc([1, 8], 2)), 1)
@@ -353,6 +366,7 @@ def test_a_task_waits_with_the_older_code(process, prompt):
     assert task.get_results() == [PARAM_INVALID]
 
 
+@pytest.mark.parity("kv_manager.transfer_cache_async")
 @pytest.mark.parametrize("engine", [{"role": LLMRole.PROMPT}], indirect=True)
 def test_transfer_cache_async_refuses(manager):
     rows, blocks = manager.allocate_cache(desc([1, 8], 2)), manager.allocate_blocks_cache(desc([2, 8], 2))

@@ -83,6 +83,7 @@ def test_only_a_decoder_links():
     engine.finalize()
 
 
+@pytest.mark.parity("engine.link_clusters", "engine.check_link_status")
 def test_each_entry_has_its_code(process, address, decoder, quiet):
     good, bad = cluster(address, PROMPT), cluster(NOBODY, 9)
     assert decoder.link_clusters([good, bad, good], 5000) == (LINK_FAILED, [SUCCESS, LINK_FAILED, REPEAT])
@@ -104,6 +105,7 @@ def test_one_call_links_at_a_time(process, address, decoder, quiet):
 # --- unlink_clusters
 
 
+@pytest.mark.parity("engine.unlink_clusters")
 def test_a_decoder_unlinks(process, address, decoder):
     good, other = cluster(address, PROMPT), cluster(NOBODY, 9)
     assert decoder.unlink_clusters([good], 5000) == (SUCCESS, [NOT_YET_LINK])
@@ -153,6 +155,7 @@ def test_a_prompt_unlinks_by_the_address_that_a_decoder_came_from(process, addre
 # --- check_link_status
 
 
+@pytest.mark.parity("engine.check_link_status")
 @pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 300}], indirect=True)
 def test_a_peer_that_does_not_answer_is_a_timeout(process, address, decoder):
     decoder.link_clusters([cluster(address, PROMPT)], 5000)
@@ -162,6 +165,7 @@ def test_a_peer_that_does_not_answer_is_a_timeout(process, address, decoder):
     decoder.check_link_status(PROMPT)
 
 
+@pytest.mark.parity("engine.check_link_status")
 @pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 1500}], indirect=True)
 def test_a_check_waits_until_nothing_is_under_way(process, address, decoder):
     process.run(OFFER, described=desc([2, 8]), keys=[KEY, CacheKey(PROMPT, 2)], number=1)
@@ -179,6 +183,7 @@ def test_a_check_waits_until_nothing_is_under_way(process, address, decoder):
     decoder.check_link_status(PROMPT)
 
 
+@pytest.mark.parity("engine.check_link_status")
 def test_check_link_status_is_not_there_in_cache_manager_mode():
     engine = llm_datadist.LLMDataDist(LLMRole.DECODER, DECODER)
     with pytest.raises(RuntimeError):
@@ -191,6 +196,7 @@ def test_check_link_status_is_not_there_in_cache_manager_mode():
 # --- switch_role
 
 
+@pytest.mark.parity("engine.switch_role")
 @PACKAGES
 def test_a_role_is_switched_there_and_back(package):
     engine = package.LLMDataDist(LLMRole.DECODER, 1)
@@ -215,6 +221,7 @@ def test_a_role_is_switched_where_that_was_asked_for(decoder):
     assert decoder._role is LLMRole.DECODER
 
 
+@pytest.mark.parity("engine.switch_role", "failure.live_links")
 @pytest.mark.parametrize("decoder", [{"enable_switch_role": True}], indirect=True)
 def test_a_role_is_not_switched_while_there_is_a_link(process, address, decoder):
     decoder.link_clusters([cluster(address, PROMPT)], 5000)
@@ -311,6 +318,7 @@ def test_what_init_needs(package, monkeypatch):
 # --- EngineConfig
 
 
+@pytest.mark.parity("module.v2_config")
 def test_the_devices_of_an_engine():
     engine = llm_datadist.LLMDataDist(LLMRole.PROMPT, 1)
     engine.init({**settings(LLMRole.PROMPT, device_id=1), "ge.exec.rankId": "1"})
@@ -323,6 +331,7 @@ def test_the_devices_of_an_engine():
     engine.finalize()
 
 
+@pytest.mark.parity("module.v2_config")
 def test_resources_may_be_given(monkeypatch, tmp_path):
     path = tmp_path / "resources.json"
     path.write_text(EngineConfig.gen_numa_config("7", "/deploy"))
@@ -348,12 +357,12 @@ def test_resources_never_follow_a_link_that_somebody_left(tmp_path):
     try:
         EngineConfig.gen_cluster_info_if_not_exist(1, LLMRole.DECODER, {"ge.exec.deviceId": "987654"})
         assert victim.read_text() == "as it was"
-        resources = json.loads(Path(path).read_text())
-        assert resources["cluster"][0]["cluster_nodes"][0]["item_list"] == [{"item_id": 987654}]
+        assert json.loads(Path(path).read_text())["cluster"][0]["cluster_nodes"][0]["item_list"] == [{"item_id": 987654}]
     finally:
         os.unlink(path)
 
 
+@pytest.mark.parity("module.v2_config")
 def test_listen_addresses_are_integers():
     assert EngineConfig.parse_listen_ip_info("1.2.0.0:26000") == (513, 26000)
     refused(EngineConfig.parse_listen_ip_info, "1.2.0.0")

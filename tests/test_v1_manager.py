@@ -24,6 +24,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
+from llm_datadist.v2.cache_manager import CacheManager
 from older import (
     BUDGET,
     DECODER,
@@ -86,6 +87,7 @@ def solo():
 # --- between two processes
 
 
+@pytest.mark.parity("kv_manager.owning", "kv_manager.pulls")
 def test_the_documented_example(prompt):
     process, address = prompt
     described = CacheDesc(4, [4, 256], DataType.DT_FLOAT16)
@@ -104,6 +106,7 @@ def test_the_documented_example(prompt):
     assert not decoder._is_initialized
 
 
+@pytest.mark.parity("kv_manager.pulls")
 def test_a_pull_releases_its_key_and_a_prefix_key_stays(prompt, decoder):
     process, address = prompt
     prefix = CacheKey(PROMPT, req_id=U64MAX, prefix_id=7)
@@ -121,6 +124,7 @@ def test_a_pull_releases_its_key_and_a_prefix_key_stays(prompt, decoder):
     assert np.array_equal(content(cache)[8:], pattern(2, 0, 16)[8:])
 
 
+@pytest.mark.parity("kv_manager.pulls")
 @pytest.mark.parametrize(("seq_len_dim", "moved"), [(-1, 8), (0, 8), (1, 5)])
 def test_a_pull_by_key_moves_the_whole_row_unless_the_sequence_is_behind_the_batch(prompt, decoder, seq_len_dim, moved):
     process, address = prompt
@@ -149,6 +153,7 @@ def test_a_whole_row_that_does_not_fit_moves_nothing(prompt, decoder):
     assert np.array_equal(content(cache), pattern(50, 0, 6))
 
 
+@pytest.mark.parity("kv_manager.pulls")
 def test_offsets_move_what_they_say_and_release_nothing(prompt, decoder):
     process, address = prompt
     process.run(OFFER, described=desc([2, 16], 3), keys=[PLACEHOLDER, KEY], number=1)
@@ -213,6 +218,7 @@ def test_keys_of_one_allocation_are_looked_at_together(prompt, decoder):
     assert np.array_equal(content(cache), pattern(2, 0, 16)[:8])
 
 
+@pytest.mark.parity("kv_manager.owning", "kv_manager.pulls")
 def test_blocks_are_pulled_by_key_and_by_id(prompt, decoder):
     process, address = prompt
     cache_id = process.run(OFFER_BLOCKS, described=desc([6, 4], 2), key=BlocksCacheKey(PROMPT, 3), number=1)
@@ -296,6 +302,7 @@ def test_a_deadline_is_the_older_code(prompt, decoder):
     assert np.array_equal(content(cache), pattern(1, 0, 8))
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_a_removed_key_can_not_be_pulled(prompt, decoder):
     process, address = prompt
     process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
@@ -322,6 +329,7 @@ def test_a_cache_that_goes_out_of_scope_answers_until_its_key_is_released(prompt
 # --- roles and arguments
 
 
+@pytest.mark.parity("kv_manager.owning")
 @pytest.mark.parametrize("role", [LLMRole.DECODER, LLMRole.MIX])
 def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
     manager = solo(role)
@@ -331,6 +339,7 @@ def test_only_a_prompt_allocates_with_keys_or_removes_them(solo, role):
     assert manager.allocate_cache(desc([1, 8])).per_device_tensor_addrs
 
 
+@pytest.mark.parity("kv_manager.pulls")
 @pytest.mark.parametrize("role", [LLMRole.PROMPT, LLMRole.MIX])
 def test_only_a_decoder_pulls(solo, role):
     manager = solo(role)
@@ -401,15 +410,24 @@ def test_pull_refuses_before_a_byte_moves(solo, arguments, kwargs, error, code):
     assert np.array_equal(content(cache), pattern(50, 0, 8))
 
 
-def test_check_cache_key():
-    KvCacheManager.check_cache_key(KEY)
+@pytest.mark.parametrize(
+    "manager",
+    [
+        pytest.param(CacheManager, marks=pytest.mark.parity("manager.check_cache_key")),
+        pytest.param(KvCacheManager, marks=pytest.mark.parity("kv_manager.check_cache_key")),
+    ],
+)
+def test_check_cache_key(manager):
+    for good in (KEY, CacheKey(1, U64MAX, prefix_id=1)):
+        manager.check_cache_key(good)
     for bad in (CacheKey(1, U64MAX), CacheKey(1, 1, prefix_id=1)):
-        refused(KvCacheManager.check_cache_key, bad)
+        refused(manager.check_cache_key, bad)
 
 
 # --- memory
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_the_budget_is_what_the_options_say(solo):
     manager = solo(LLMRole.PROMPT, budget=BUDGET, mem_utilization=0.5)
     caches = [manager.allocate_cache(desc([1, 1 << 16])) for _ in range(8)]
@@ -429,6 +447,7 @@ def test_the_default_budget_is_there():
     assert not manager.is_initialized()
 
 
+@pytest.mark.parity("kv_manager.owning")
 def test_a_deallocated_cache_is_empty_and_unknown(solo):
     manager = solo(LLMRole.PROMPT)
     cache = manager.allocate_cache(desc([1, 8], 3))
@@ -441,6 +460,7 @@ def test_a_deallocated_cache_is_empty_and_unknown(solo):
     refused(manager.deallocate_cache, KvCache.create_cpu_cache(desc([1], placement=Placement.HOST), [1]))
 
 
+@pytest.mark.parity("type.kv_cache_del")
 def test_a_cache_that_goes_out_of_scope_is_freed_by_the_next_call(solo):
     manager = solo(LLMRole.PROMPT)
     whole = desc([1, 15 << 16])
@@ -473,6 +493,7 @@ def test_a_deallocated_cache_is_not_freed_again_when_it_goes_out_of_scope(solo):
     assert not manager._released.ids
 
 
+@pytest.mark.parity("type.kv_cache_del")
 def test_a_cache_may_outlive_its_engine():
     engine = opened(LLMRole.PROMPT)
     manager = engine.kv_cache_manager

@@ -4,7 +4,8 @@ package cache
 
 import "github.com/llm-datadist-open/llm-datadist/core/directory"
 
-// Directory shows the table to direct readers in the same process, whose addresses the entries' are.
+// Directory shows the table to direct readers in the same process, whose addresses the entries' are. As for any other reader, only pools
+// are memory that is known to be there.
 func (t *Table) Directory() directory.Reader { return published{t} }
 
 type published struct{ table *Table }
@@ -17,7 +18,11 @@ func (p published) Lookup(generation uint64) (directory.Located, bool) {
 	if e == nil {
 		return directory.Located{}, false
 	}
-	return directory.Located{Ref: directory.Ref{Generation: generation}, Shape: e.Shape, Addrs: e.Addrs, Space: directory.Mapped}, true
+	found := directory.Located{Ref: directory.Ref{Generation: generation}, Shape: e.Shape, Addrs: e.Addrs, Space: directory.Private}
+	if e.Owned {
+		found.Space = directory.Mapped
+	}
+	return found, true
 }
 
 // Live implements directory.Reader.

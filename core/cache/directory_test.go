@@ -40,6 +40,12 @@ func TestDirectoryShowsAGenerationAsLongAsItsMemoryIsItsOwn(t *testing.T) {
 	require.True(t, reader.Named(ref, byItsID))
 	require.False(t, reader.Live(directory.Ref{Generation: e.Generation + 1}))
 
+	callers, err := table.Register(rows(1, 1, 100), []uintptr{8}, nil, true)
+	require.NoError(t, err)
+	at, live = reader.Lookup(callers.Generation)
+	require.True(t, live)
+	require.Equal(t, directory.Private, at.Space)
+
 	lease, err := table.Open(byKey(key(1)))
 	require.NoError(t, err)
 	require.True(t, lease.Consumes())

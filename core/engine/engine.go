@@ -42,22 +42,27 @@ type Engine struct {
 	table     *cache.Table
 	links     *link.Manager
 	share     *shm.Share // nil where shm is not used
+	groups    groups
 
 	mu    sync.Mutex        // guards what follows
 	owned map[uint64]uint64 // links of the directional backend: the id that the caller gave -> the id that the peer reports
 }
 
+// sockets is one for all engines: those that meet at a rendezvous address know by it that they share a network.
+var sockets = &link.TCP{NewData: tcp.NewConn, Control: tcp.Control}
+
 // TCP returns the network of real sockets.
-func TCP() link.Network { return &link.TCP{NewData: tcp.NewConn, Control: tcp.Control} }
+func TCP() link.Network { return sockets }
 
 // New makes an engine: its pools are reserved and, where the options say so, its listener is bound.
 // Errors: OutOfMemory where a pool can't be had, Failed where the address can't be bound, ParamInvalid for options.
 func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
-	e := &Engine{clusterID: clusterID, options: options, parts: parts, owned: map[uint64]uint64{}}
+	e := &Engine{clusterID: clusterID, options: options, parts: parts, owned: map[uint64]uint64{}, groups: groups{all: map[uint64]*group{}}}
 	var err error
 	if e.table, err = cache.NewTable(parts.Device, options.DevicePool, options.HostPool); err != nil {
 		return nil, err
 	}
+	e.announceLoopback()
 	incarnation := newIncarnation()
 	if err := e.openShare(incarnation); err != nil {
 		return nil, errors.Join(err, e.table.Close())
@@ -82,12 +87,13 @@ func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
 		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
-		Gift: e.gift, Attach: e.attach, Event: e.parts.Event,
+		Gift: e.gift, Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
 	}
 }
 
 // Close is finalize: links are retired, the listener stops, memory is given back. It is local and does not wait for a peer.
 func (e *Engine) Close() error {
+	e.groups.close()
 	return errors.Join(e.links.Close(), e.closeMemory())
 }
 
@@ -102,6 +108,18 @@ func (e *Engine) closeMemory() error {
 
 // ListenAddress returns the bound "ip:port", or "" where the engine does not listen.
 func (e *Engine) ListenAddress() string { return e.links.ListenAddress() }
+
+// LiveLinks counts the links that live.
+func (e *Engine) LiveLinks() int { return e.links.LiveLinks() }
+
+// Remap is remap_registered_memory: peers read what is registered anew with each transfer, so that there is nothing to do.
+// Errors: NotYetLink without a live link.
+func (e *Engine) Remap() error {
+	if e.LiveLinks() == 0 {
+		return status.New(status.NotYetLink, status.StageCheck, "there is no live link")
+	}
+	return nil
+}
 
 // Explain tells how the link to a cluster works and why it failed; "" for an id never met.
 func (e *Engine) Explain(id uint64) string { return e.links.Explain(e.reported(id)) }
@@ -192,6 +210,9 @@ func (e *Engine) linkTo(id uint64) (*link.Link, error) {
 			return nil, status.New(status.NotYetLink, status.StageResolve, "this end has not linked to the cluster").
 				Hinting("on the hixl backend each end that starts transfers calls link_clusters itself")
 		}
+	}
+	if name, ok := e.groups.preparing(id); ok {
+		return nil, status.Newf(status.NotYetLink, status.StageResolve, "the group %q is being prepared", name)
 	}
 	l, err := e.links.Link(e.reported(id))
 	if err == nil && l.Session() == nil {

@@ -101,7 +101,7 @@ func TestDeallocateDuringAPullThatHoldsNothing(t *testing.T) {
 
 // Whatever a pull by a key brings is all of one cache that had the key, and never of one that was gone before the pull began.
 func TestPullsDuringReplacementBringOneVersion(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		const size, versions = 200_000, 40
 		var newest atomic.Uint64

@@ -37,6 +37,7 @@ type way struct {
 	fabric  bool // in-memory network, else real sockets
 	direct  bool // the puller reads the owner's memory, else both ends take part
 	shm     bool // the production path between processes of one host
+	back    bool // the loopback fabric: one engine is both ends of each pair
 	virtual bool // in a bubble, where time costs nothing
 }
 
@@ -46,11 +47,15 @@ var (
 	overFabric = way{name: "fabric", fabric: true}
 	overBubble = way{name: "bubble", fabric: true, virtual: true}
 	overDirect = way{name: "direct", fabric: true, direct: true}
+	overBack   = way{name: nameLoopback, back: true}
 	// directBubble is what runs where a direct transport needs virtual time.
 	directBubble = way{name: "direct-bubble", fabric: true, direct: true, virtual: true}
 )
 
 var everyWay = []way{overTCP, overSHM, overFabric, overBubble, overDirect}
+
+// alsoBack is for what does not need two tables of caches.
+var alsoBack = append([]way{overBack}, everyWay...)
 
 // over runs a test over ways, each in a world of its own, and looks for what it left behind.
 func over(t *testing.T, ways []way, run func(w *world)) {
@@ -191,7 +196,7 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 	n := &node{w: w, id: id}
 	options := Options{
 		CacheManager: true, SyncTimeout: time.Second, TCPConnections: 2, CopyThreads: 2, PeerDead: patient,
-		DevicePool: poolOf(64 << 20), Transport: "tcp",
+		DevicePool: poolOf(64 << 20), Transport: "tcp", LinkTotal: patient, LinkTries: 1,
 	}
 	if w.way.shm {
 		options.Transport = "shm"
@@ -322,13 +327,21 @@ func (n *node) unlink(peer *node, force bool) error {
 	return n.UnlinkClusters(ctx, []Cluster{peer.cluster()}, force)[0]
 }
 
-// pair makes an owner and a puller that are linked.
+// pair makes an owner and a puller that are linked. The loopback fabric's owner is the puller under another id.
 func (w *world) pair(change ...func(*Options)) (owner, puller *node) {
 	w.t.Helper()
+	if w.way.back {
+		puller = w.node("puller", 2, append(change, loopback)...)
+		owner = &node{Engine: puller.Engine, w: w, id: 1, address: "127.0.0.1:1", stopped: true}
+		puller.link(owner)
+		return owner, puller
+	}
 	owner, puller = w.node("owner", 1, change...), w.node("puller", 2, change...)
 	puller.link(owner)
 	return owner, puller
 }
+
+func loopback(o *Options) { o.Loopback = true }
 
 // memory is a cache of a node.
 type memory struct {

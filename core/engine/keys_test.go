@@ -17,7 +17,7 @@ import (
 // The life of keys and of the memory behind them (spec §8.5.5, §8.15, §14 rows 8 and 17).
 
 func TestAConsumedKeyIsGoneWhenThePullReturns(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		src := owner.allocate(rows(2, 1, 5000), two[0]).fill(1)
 		dst := puller.register(rows(2, 1, 5000))
@@ -33,7 +33,7 @@ func TestAConsumedKeyIsGoneWhenThePullReturns(t *testing.T) {
 }
 
 func TestLayerPullsReleaseAKeyWhenItHasBeenPulledWhole(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		src := owner.allocate(rows(6, 2, 700), two...).fill(1)
 		dst := puller.register(rows(6, 1, 700))
@@ -104,7 +104,7 @@ func TestAnEndedPullReleasesNothing(t *testing.T) {
 }
 
 func TestAPullThatHasEndedNeverStarts(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		owner.allocate(rows(2, 1, 100), two[0])
 		dst := puller.register(rows(2, 1, 100)).fill(3)
@@ -177,7 +177,7 @@ func TestDeallocateAndRemoveKeyDuringAPullThatHoldsALease(t *testing.T) {
 
 // What a link knows of an id ends with the id.
 func TestAnIDThatIsGoneIsNotFoundThoughItWasPulledBefore(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		dst := puller.register(rows(2, 1, 100))
 		registered, allocated := owner.register(rows(2, 1, 100)).fill(1), owner.allocate(rows(2, 1, 100)).fill(2)
@@ -198,7 +198,7 @@ func TestAnIDThatIsGoneIsNotFoundThoughItWasPulledBefore(t *testing.T) {
 
 // A blocks key that another cache takes over means that cache at once, although the first one lives on.
 func TestABlocksKeyFollowsTheCacheThatTookItOver(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		dst := puller.register(blocks(2, 4, 100))
 		p := all()

@@ -54,7 +54,7 @@ func (e *Engine) linkCluster(ctx context.Context, c Cluster) error {
 	if e.options.Directional {
 		return c.named(e.linkDirectional(ctx, c))
 	}
-	_, err := e.links.Dial(ctx, e.dialRequest(c))
+	_, err := e.dial(ctx, e.dialRequest(c))
 	return c.named(err)
 }
 
@@ -89,6 +89,14 @@ func checkCommRes(text string) error {
 		return status.Newf(status.ParamInvalid, status.StageCheck, "llm.LocalCommRes has version %q, not \"1.0\" or \"1.2\"", resource.Version)
 	}
 	return nil
+}
+
+// dial makes a link and returns the cluster id that the peer reports.
+func (e *Engine) dial(ctx context.Context, r link.DialRequest) (uint64, error) {
+	if r.HasGivenID && e.standsFor(r.GivenID) {
+		return r.GivenID, e.linkBack(r.GivenID)
+	}
+	return e.links.Dial(ctx, r)
 }
 
 func (e *Engine) dialRequest(c Cluster) link.DialRequest {
@@ -134,7 +142,7 @@ func (e *Engine) linkDirectional(ctx context.Context, c Cluster) error {
 	}
 	r := e.dialRequest(c)
 	r.NameOnly = true
-	reported, err := e.links.Dial(ctx, r)
+	reported, err := e.dial(ctx, r)
 	if err != nil && status.CodeOf(err) != status.AlreadyLink { // the other end's link carries ours too
 		return directionalCode(status.From(err, status.StageDial))
 	}

@@ -24,13 +24,19 @@ type Options struct {
 	LocalCommRes *string // llm.LocalCommRes; nil: absent
 	DevicePool   *cache.PoolConfig
 	HostPool     *cache.PoolConfig
+	LinkTotal    time.Duration // llm.LinkTotalTime: how long link() may prepare a group
+	LinkTries    int           // llm.LinkRetryCount: over how many attempts that is divided
 
 	Device         string        // open.Device: auto, host
 	Transport      string        // open.Transport: auto or the one that is required
 	CopyThreads    int           // open.CopyThreads
 	TCPConnections int           // open.TcpConnections: data connections of a link
 	PeerDead       time.Duration // open.PeerDeadMillis
+	RendezvousPort uint16        // open.RendezvousPort; 0: 16666 + the device id of rank 0
 	Spin           time.Duration // open.SpinMicros: how long a waiting tcp call spins before it sleeps; 0: as the transport thinks best
+
+	Loopback        bool // open.Fabric = loopback: this engine itself stands for every other cluster
+	MultipleEngines bool // open.MultipleEngines: its process may have others that say so too, which Python sees to
 }
 
 // required is the one transport that may be used; "" for any.
@@ -62,6 +68,7 @@ const (
 // Defaults, with the reason for each number.
 const (
 	defaultSyncTimeout    = 1000 * time.Millisecond // documented (spec §10)
+	defaultLinkTotal      = 120 * time.Second       // documented (spec §7.4)
 	defaultTCPConnections = 2                       // two streams reach the limit of loopback with two cores; a third adds nothing there
 	defaultPeerDeadMillis = 5000                    // a peer silent for so long is worth less than the requests that wait for it
 	mostCopyThreads       = 64
@@ -115,8 +122,15 @@ func (r *optionReader) documented(o *Options) {
 		r.integer(keyDeviceID, 0, 1<<31-1)
 		r.integer(keyTrafficClass, 0, 1<<32-1)
 		r.integer(keyServiceLevel, 0, 1<<32-1)
-		r.integer(keyLinkTotalTime, 0, 1<<32-1)
-		r.integer(keyLinkRetryCount, 1, 100)
+	}
+	o.LinkTotal, o.LinkTries = defaultLinkTotal, 1
+	if o.CacheManager {
+		if seconds, ok := r.integer(keyLinkTotalTime, 0, 1<<32-1); ok && seconds > 0 {
+			o.LinkTotal = time.Duration(seconds) * time.Second
+		}
+		if tries, ok := r.integer(keyLinkRetryCount, 1, 100); ok {
+			o.LinkTries = int(tries)
+		}
 	}
 	o.SyncTimeout = defaultSyncTimeout
 	if millis, ok := r.integer(keySyncTimeout, 1, 1<<31-1); ok {
@@ -174,9 +188,8 @@ type ourOption struct {
 var ourWords = []ourOption{
 	{"open.Device", "LLM_DATADIST_DEVICE", []string{"auto", "host", "cann"}, []string{"auto", "host"}},
 	{"open.Transport", "LLM_DATADIST_TRANSPORT", []string{"auto", "shm", "tcp", "ucx", "cann"}, []string{"auto", "shm", "tcp"}},
-	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{"loopback"}, []string{}},
-	{"open.MultipleEngines", "", []string{"0", "1"}, []string{"0"}},
-	{"open.RendezvousPort", "LLM_DATADIST_RENDEZVOUS_PORT", nil, []string{}},
+	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{nameLoopback}, nil},
+	{"open.MultipleEngines", "", []string{"0", "1"}, nil},
 	{"open.Relink", "", []string{"0", "1"}, []string{"0"}},
 	{"open.Integrity", "LLM_DATADIST_INTEGRITY", []string{"off", "sampled", "always"}, []string{"off"}},
 	{"open.AuthSecretFile", "LLM_DATADIST_AUTH_SECRET_FILE", nil, []string{}},
@@ -192,10 +205,12 @@ const (
 	keyTCPConnections = "open.TcpConnections"
 	keyPeerDeadMillis = "open.PeerDeadMillis"
 	keySpinMicros     = "open.SpinMicros"
+	keyRendezvousPort = "open.RendezvousPort"
 )
 
 func (r *optionReader) ours(o *Options) {
-	known := map[string]bool{keyCopyThreads: true, keyTCPConnections: true, keyPeerDeadMillis: true, keySpinMicros: true}
+	known := map[string]bool{keyCopyThreads: true, keyTCPConnections: true, keyPeerDeadMillis: true, keySpinMicros: true,
+		keyRendezvousPort: true}
 	words := map[string]string{}
 	for _, option := range ourWords {
 		known[option.key] = true
@@ -207,9 +222,11 @@ func (r *optionReader) ours(o *Options) {
 		}
 	}
 	o.Device, o.Transport = words["open.Device"], words["open.Transport"]
+	o.Loopback, o.MultipleEngines = words["open.Fabric"] == nameLoopback, words["open.MultipleEngines"] == "1"
 	o.CopyThreads = int(r.number(keyCopyThreads, "LLM_DATADIST_COPY_THREADS", int64(min(defaultCopyThreads, runtime.NumCPU())), 1, mostCopyThreads))
 	o.TCPConnections = int(r.number(keyTCPConnections, "LLM_DATADIST_TCP_CONNECTIONS", defaultTCPConnections, 1, mostTCPConnections))
 	o.PeerDead = time.Duration(r.number(keyPeerDeadMillis, "LLM_DATADIST_PEER_DEAD_MILLIS", defaultPeerDeadMillis, leastPeerDeadMillis, 1<<31-1)) * time.Millisecond
+	o.RendezvousPort = uint16(r.number(keyRendezvousPort, "LLM_DATADIST_RENDEZVOUS_PORT", 0, 1, 1<<16-1))
 	o.Spin = time.Duration(r.number(keySpinMicros, "LLM_DATADIST_SPIN_MICROS", 0, 0, mostSpinMicros)) * time.Microsecond
 }
 

@@ -35,6 +35,7 @@ func TestDefaultsOfOptions(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, Options{
 		CacheManager: true, SyncTimeout: time.Second, CopyThreads: min(4, runtime.NumCPU()), TCPConnections: 2, PeerDead: 5 * time.Second,
+		LinkTotal: 2 * time.Minute, LinkTries: 1,
 	}, o)
 	o, err = ParseOptions(nil, func(string) (string, bool) { return "", false })
 	require.NoError(t, err)
@@ -55,7 +56,12 @@ func TestOptionsAreRead(t *testing.T) {
 		{[]string{"llm.LocalCommRes", text}, func(o *Options) { o.LocalCommRes = &text }},
 		{[]string{"llm.MemPoolConfig", `{"memory_size": 4096, "page_shift": 10}`}, func(o *Options) { o.DevicePool = &cache.PoolConfig{Bytes: 4096, PageShift: 10} }},
 		{[]string{"llm.HostMemPoolConfig", `{"memory_size": 65536}`}, func(o *Options) { o.HostPool = &cache.PoolConfig{Bytes: 65536, PageShift: 16} }},
-		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "llm.LinkRetryCount", "100", "ge.exec.deviceId", "3"}, func(*Options) {}},
+		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "ge.exec.deviceId", "3"}, func(*Options) {}},
+		{[]string{"llm.LinkTotalTime", "4294967295", "llm.LinkRetryCount", "100"}, func(o *Options) {
+			o.LinkTotal, o.LinkTries = 4294967295*time.Second, 100
+		}},
+		{[]string{"open.RendezvousPort", "65535", "LLM_DATADIST_RENDEZVOUS_PORT", "1"}, func(o *Options) { o.RendezvousPort = 65535 }},
+		{[]string{"LLM_DATADIST_RENDEZVOUS_PORT", "1"}, func(o *Options) { o.RendezvousPort = 1 }},
 		{[]string{"llm.unknown", "x", "anything", ""}, func(*Options) {}},
 		{[]string{"open.Device", "host", "open.Transport", "tcp"}, func(o *Options) { o.Device, o.Transport = "host", "tcp" }},
 		{[]string{"open.Device", "auto", "open.Transport", "auto"}, func(o *Options) { o.Device, o.Transport = "auto", "auto" }},
@@ -63,6 +69,9 @@ func TestOptionsAreRead(t *testing.T) {
 			o.CopyThreads, o.TCPConnections, o.PeerDead = 64, 16, 100*time.Millisecond
 		}},
 		{[]string{"open.MultipleEngines", "0", "open.Relink", "0", "open.Integrity", "off"}, func(*Options) {}},
+		{[]string{"open.MultipleEngines", "1"}, func(o *Options) { o.MultipleEngines = true }},
+		{[]string{"open.Fabric", "loopback"}, func(o *Options) { o.Loopback = true }},
+		{[]string{"LLM_DATADIST_FABRIC", "loopback"}, func(o *Options) { o.Loopback = true }},
 		{[]string{"LLM_DATADIST_DEVICE", "host", "LLM_DATADIST_TRANSPORT", "tcp"}, func(o *Options) { o.Device, o.Transport = "host", "tcp" }},
 		{[]string{"LLM_DATADIST_COPY_THREADS", "3", "LLM_DATADIST_TCP_CONNECTIONS", "4", "LLM_DATADIST_PEER_DEAD_MILLIS", "700"}, func(o *Options) {
 			o.CopyThreads, o.TCPConnections, o.PeerDead = 3, 4, 700*time.Millisecond
@@ -107,11 +116,10 @@ func TestBadOptions(t *testing.T) {
 
 func TestOptionsOfPartsThatAreNotBuilt(t *testing.T) {
 	for _, c := range [][]string{
-		{"open.Device", "cann"}, {"open.Transport", "ucx"}, {"open.Transport", "cann"}, {"open.Fabric", "loopback"},
-		{"open.MultipleEngines", "1"}, {"open.RendezvousPort", "16666"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
+		{"open.Device", "cann"}, {"open.Transport", "ucx"}, {"open.Transport", "cann"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
 		{"open.Integrity", "always"}, {"open.AuthSecretFile", "/x"}, {"open.TlsCertFile", "/x"}, {"open.TlsKeyFile", "/x"}, {"open.TlsCaFile", "/x"},
 		{"open.MetricsAddress", "127.0.0.1:1"},
-		{"LLM_DATADIST_DEVICE", "cann"}, {"LLM_DATADIST_TRANSPORT", "ucx"}, {"LLM_DATADIST_FABRIC", "loopback"}, {"LLM_DATADIST_RENDEZVOUS_PORT", "1"},
+		{"LLM_DATADIST_DEVICE", "cann"}, {"LLM_DATADIST_TRANSPORT", "ucx"},
 		{"LLM_DATADIST_INTEGRITY", "always"}, {"LLM_DATADIST_AUTH_SECRET_FILE", "/x"},
 		{"LLM_DATADIST_TLS_CERT_FILE", "/x"}, {"LLM_DATADIST_TLS_KEY_FILE", "/x"}, {"LLM_DATADIST_TLS_CA_FILE", "/x"}, {"LLM_DATADIST_METRICS_ADDRESS", "x"},
 	} {
@@ -121,6 +129,7 @@ func TestOptionsOfPartsThatAreNotBuilt(t *testing.T) {
 }
 
 func TestOptionsWithoutAnEnvironmentVariableHaveNone(t *testing.T) {
-	_, err := parse("LLM_DATADIST_MULTIPLE_ENGINES", "1", "LLM_DATADIST_RELINK", "1")
+	o, err := parse("LLM_DATADIST_MULTIPLE_ENGINES", "1", "LLM_DATADIST_RELINK", "1")
 	require.NoError(t, err)
+	require.False(t, o.MultipleEngines)
 }

@@ -116,3 +116,28 @@ func TestTheDeathOfAPusherLeavesTheDestinationAlone(t *testing.T) {
 		successor.leave()
 	})
 }
+
+// BenchmarkPushTiny is one block of 16 KiB of one tensor: a message there, the receiver's copy, and a message back.
+func BenchmarkPushTiny(b *testing.B) {
+	for _, way := range processWays {
+		b.Run(way, func(b *testing.B) {
+			o := startOwner(b, "auto")
+			p := o.puller(way, time.Minute)
+			call := &PushCall{
+				Cluster: ownerCluster, Key: transport.Key{Kind: transport.KeyNormal, ID: cache.NoID}, Cache: p.id, TensorsPerLayer: 1,
+				Plan: plan.Request{SrcTensors: plan.Range{Count: 1}, DstTensors: plan.Range{Count: 1}, SrcBlocks: []uint64{1}, DstBlocks: []uint64{2}},
+			}
+			b.SetBytes(ownerBlock)
+			b.ReportAllocs()
+			for b.Loop() {
+				ctx, cancel := within(patient)
+				if err := p.Push(ctx, call); err != nil {
+					b.Fatal(err)
+				}
+				cancel()
+			}
+			p.close()
+			o.leave()
+		})
+	}
+}

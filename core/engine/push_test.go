@@ -291,6 +291,34 @@ func TestAPushToOneselfIsRefused(t *testing.T) {
 	})
 }
 
+// A peer may push before this end has its session.
+func TestAPushWaitsUntilItsLinkIsWhole(t *testing.T) {
+	over(t, bubbles, func(w *world) {
+		pusher, receiver := w.pair()
+		src, dst := pusher.register(rows(2, 1, 1000)).fill(1), receiver.register(rows(2, 1, 1000)).fill(2)
+		l, err := receiver.linkTo(pusher.id)
+		require.NoError(w.t, err)
+		entry, err := pusher.table.Use(src.id)
+		require.NoError(w.t, err)
+		defer entry.Release()
+		push := transport.Push{
+			Key: byID(dst, 0), Source: src.id, Generation: entry.Entry().Generation, Shape: entry.Entry().Shape, Plan: all(),
+		}
+		end := &owner{Engine: receiver.Engine, attached: make(chan struct{})}
+		ctx, cancel := within(time.Second)
+		defer cancel()
+		requireCode(w.t, status.Timeout, end.Receive(ctx, &push))
+		waiting := begin(func() error { return end.Receive(context.Background(), &push) })
+		w.pass(time.Minute)
+		require.False(w.t, waiting.ended())
+		require.Zero(w.t, receiver.Stats().Uses)
+		end.session = l.Session()
+		close(end.attached)
+		require.NoError(w.t, waiting.wait())
+		dst.requireContent(src.content())
+	})
+}
+
 // Twelve goroutines push to each other at once, six in each direction, some of them in layers, and every byte is theirs.
 func TestManyPushesInBothDirectionsAtOnce(t *testing.T) {
 	over(t, everyWay, func(w *world) {

@@ -91,7 +91,7 @@ var pullCases = []pullCase{
 }
 
 func TestPullMovesTheNamedBytesAndNoOthers(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair()
 		for i, c := range pullCases {
 			w.runCase(owner, puller, c, uint64(i))
@@ -125,7 +125,7 @@ func oneSidedCases() (out []pullCase) {
 }
 
 func TestOneSidedPullMovesTheNamedBytesAndConsumesNothing(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair(oneSided)
 		for i, c := range oneSidedCases() {
 			w.runCase(owner, puller, c, uint64(i))

@@ -130,7 +130,12 @@ func (m *Manager) meet(c *conn) (preamble, hello, error) {
 
 // within runs f, in which reads and writes on c fail when d is over or the manager is closed.
 func (m *Manager) within(c *conn, d time.Duration, f func() error) error {
-	ctx, cancel := context.WithTimeout(m.ctx, d)
+	return c.within(m.ctx, d, f)
+}
+
+// within runs f, in which reads and writes on c fail when d is over or ctx has ended.
+func (c *conn) within(ctx context.Context, d time.Duration, f func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
 	unbind := c.bind(ctx)
 	err := f()

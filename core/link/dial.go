@@ -48,7 +48,7 @@ func (m *Manager) dialFailed(r DialRequest, id uint64, failure *status.Error) {
 	case r.HasGivenID:
 		m.failed(r.GivenID, "link failed", failure)
 		if id != 0 && id != r.GivenID {
-			m.remember(id, failure)
+			m.Remember(id, failure)
 		}
 	case id != 0:
 		m.failed(id, "link failed", failure)
@@ -77,6 +77,9 @@ func (m *Manager) dial(ctx context.Context, r DialRequest, since uint64) (uint64
 	if no := a.meetPeer(a.theirs); no != nil {
 		return id, no.At(id, r.Address)
 	}
+	if no := r.mismatch(id, a.peer); no != nil {
+		return id, no.At(r.GivenID, r.Address)
+	}
 	if a.peer == m.incarnation {
 		return id, m.linkSelf(r.Address, since)
 	}
@@ -92,6 +95,19 @@ func (m *Manager) dial(ctx context.Context, r DialRequest, since uint64) (uint64
 		return id, a.explain(err)
 	}
 	return id, nil
+}
+
+// mismatch says why whoever has answered is not the engine that an exact request means.
+func (r DialRequest) mismatch(id uint64, peer Incarnation) *status.Error {
+	switch {
+	case !r.Exact:
+		return nil
+	case id != r.GivenID:
+		return status.Newf(status.LinkFailed, status.StageHandshake, "the engine that answers reports cluster id %d", id)
+	case peer != r.Incarnation:
+		return status.New(status.LinkFailed, status.StageHandshake, "the engine that answers is another one than had announced itself")
+	}
+	return nil
 }
 
 // introduce exchanges the hellos.

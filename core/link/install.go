@@ -121,16 +121,23 @@ func (a *attempt) commit(l *Link) error {
 			m.mu.Unlock()
 			continue
 		}
-		m.serial++
-		l.serial = m.serial
-		r.link, r.ended = l, ""
+		m.enlist(r, l)
 		a.pair.link, a.pair.last = l, l
 		a.installed = true
-		m.tasks.Add(1) // for the goroutine of l.start
 		m.mu.Unlock()
 		_ = a.control.SetDeadline(time.Time{})
 		return nil
 	}
+}
+
+// enlist makes l the link of its cluster id. The caller holds m.mu, and starts the link after.
+func (m *Manager) enlist(r *record, l *Link) {
+	m.serial++
+	l.serial = m.serial
+	r.link, r.ended = l, ""
+	close(m.installed)
+	m.installed = make(chan struct{})
+	m.tasks.Add(1) // for the goroutine of l.start
 }
 
 // obstacle says why l can't be installed any more. The caller holds m.mu.

@@ -139,6 +139,8 @@ type Config struct {
 	// link, and the call that dialed gets the reason: the acceptor attaches first and refuses where it can't; where the dialer can't,
 	// the acceptor's link dies.
 	Attach func(p Peer, conns []transport.Conn) (Attached, error)
+	// StandsFor says which clusters this engine itself stands for, see LinkBack: there is nobody else to ask to unlink. nil: none.
+	StandsFor func(id uint64) bool
 	// Event takes lines for the log. It must not block and must not call the Manager. nil: nobody listens.
 	Event func(Event)
 }
@@ -181,16 +183,19 @@ type DialRequest struct {
 	GivenID    uint64 // the cluster id that the caller expects, where HasGivenID
 	HasGivenID bool
 	NameOnly   bool // GivenID names the failure in the log and for Explain, and nothing is expected of the peer
+	// Exact refuses an engine that reports another id than GivenID, or is another incarnation than Incarnation: LinkFailed.
+	Exact       bool
+	Incarnation Incarnation
 }
 
-// Link is one link. A link to oneself has neither session nor connections.
+// Link is one link. A link to oneself has no connections, and a session only where it goes by the name of another cluster.
 type Link struct {
 	manager *Manager
 	peer    Peer
 	number  uint64 // among the links of this pair of incarnations
 	serial  uint64 // among the links that this manager installed; 0 before
 
-	control   *conn
+	control   *conn // nil for a link to oneself
 	session   transport.Session
 	transport string   // what the session moves bytes by, for Explain
 	rejected  []string // transports, each with the reason, for Explain
@@ -211,7 +216,7 @@ func (l *Link) ClusterID() uint64 { return l.peer.ClusterID }
 // Peer describes the other end.
 func (l *Link) Peer() Peer { return l.peer }
 
-// Session moves bytes; nil for a link to oneself.
+// Session moves bytes; nil for a link to oneself under the own cluster id.
 func (l *Link) Session() transport.Session { return l.session }
 
 // Dead is closed when the link has died or was retired.

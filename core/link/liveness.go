@@ -43,10 +43,14 @@ func pace(ours, theirs time.Duration) time.Duration {
 func (l *Link) start() {
 	l.manager.eventOf(Info, l.peer.ClusterID, "linked, "+l.peer.Address, nil)
 	reader := make(chan struct{})
-	go func() {
-		defer close(reader)
-		l.Fail(l.listen())
-	}()
+	if l.control == nil {
+		close(reader)
+	} else {
+		go func() {
+			defer close(reader)
+			l.Fail(l.listen())
+		}()
+	}
 	go func() {
 		defer l.manager.tasks.Done()
 		l.watch()
@@ -169,7 +173,7 @@ func (m *Manager) kill(l *Link, cause *status.Error) {
 		p.retired = max(p.retired, l.number)
 	}
 	close(l.dead)
-	if l.control == nil {
+	if l.session == nil {
 		close(l.gone) // a link to oneself has nothing to bury
 	}
 }

@@ -6,7 +6,9 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -55,6 +57,8 @@ type Manager struct {
 	mu        sync.Mutex
 	closed    bool
 	listening *listening
+	beside    map[*listening]struct{} // further listeners, see ListenBeside
+	installed chan struct{}           // closed, and replaced, when a link is installed
 	door      Door
 	doorError string
 	pairs     map[Incarnation]*pair
@@ -105,6 +109,8 @@ func NewManager(cfg Config) (*Manager, error) {
 		pairs:   map[Incarnation]*pair{},
 		records: map[uint64]*record{},
 		pending: map[Nonce]*pending{},
+
+		beside: map[*listening]struct{}{}, installed: make(chan struct{}),
 	}
 	if m.incarnation = cfg.Incarnation; m.incarnation == (Incarnation{}) {
 		rand.Read(m.incarnation[:]) // never fails
@@ -127,25 +133,59 @@ func (m *Manager) Listen(address string) (string, error) {
 	if m.ListenAddress() != "" {
 		return "", status.New(status.Failed, status.StageCheck, "already listening at "+m.ListenAddress())
 	}
-	m.openDoor()
-	listener, err := m.cfg.Network.Listen(address)
+	l, err := m.open(address)
 	if err != nil {
-		return "", status.Newf(status.Failed, status.StageCheck, "listen at %s: %w", address, err)
+		return "", err
 	}
-	l := &listening{Listener: listener, stopped: make(chan struct{}), done: make(chan struct{})}
-	m.fds.track(listener)
 	m.mu.Lock()
 	if m.closed || m.listening != nil {
 		m.mu.Unlock()
-		m.fds.untrack(listener)
-		_ = listener.Close()
+		m.fds.untrack(l.Listener)
+		_ = l.Close()
 		return "", status.New(status.Failed, status.StageCheck, "already listening, or finalized")
 	}
 	m.listening = l
 	m.tasks.Add(1)
 	m.mu.Unlock()
 	go m.accept(l)
-	return listener.Addr().String(), nil
+	return l.Addr().String(), nil
+}
+
+// ListenBeside accepts links at a further address, beside that of Listen, until stop is called. It returns the bound address. stop may
+// be called once, also after Close.
+func (m *Manager) ListenBeside(address string) (bound string, stop func(), err error) {
+	_, end, err := m.begin(context.Background())
+	if err != nil {
+		return "", nil, err
+	}
+	defer end()
+	l, err := m.open(address)
+	if err != nil {
+		return "", nil, err
+	}
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		m.fds.untrack(l.Listener)
+		_ = l.Close()
+		return "", nil, status.Newf(status.EngineFinalized, status.StageCheck, "%w", errFinalized)
+	}
+	m.beside[l] = struct{}{}
+	m.tasks.Add(1)
+	m.mu.Unlock()
+	go m.accept(l)
+	return l.Addr().String(), func() { m.stopBeside(l) }, nil
+}
+
+// open binds address. Whoever calls it accepts from the listener.
+func (m *Manager) open(address string) (*listening, error) {
+	m.openDoor()
+	listener, err := m.cfg.Network.Listen(address)
+	if err != nil {
+		return nil, status.Newf(status.Failed, status.StageCheck, "listen at %s: %w", address, err)
+	}
+	m.fds.track(listener)
+	return &listening{Listener: listener, stopped: make(chan struct{}), done: make(chan struct{})}, nil
 }
 
 // StopListening closes the listener; links that it accepted live on. Without a listener it does nothing.
@@ -157,6 +197,25 @@ func (m *Manager) StopListening() error {
 	if l == nil {
 		return nil
 	}
+	return m.halt(l)
+}
+
+// stopBeside closes a further listener, unless that was done.
+func (m *Manager) stopBeside(l *listening) {
+	m.mu.Lock()
+	_, open := m.beside[l]
+	delete(m.beside, l)
+	m.mu.Unlock()
+	if !open {
+		return
+	}
+	if err := m.halt(l); err != nil {
+		m.event(Warning, "a listener did not close", err)
+	}
+}
+
+// halt closes a listener and waits for its goroutine.
+func (m *Manager) halt(l *listening) error {
 	close(l.stopped)
 	m.fds.untrack(l.Listener)
 	err := l.Close()
@@ -196,6 +255,29 @@ func (m *Manager) Link(id uint64) (*Link, error) {
 	return nil, e
 }
 
+// Await waits until there is a live link to this incarnation of the engine that reports id. It ends, in an error, when ctx does.
+func (m *Manager) Await(ctx context.Context, id uint64, incarnation Incarnation) error {
+	ctx, end, err := m.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	for {
+		m.mu.Lock()
+		installed := m.installed
+		m.mu.Unlock()
+		l, err := m.Link(id)
+		if err == nil && l.peer.Incarnation == incarnation {
+			return nil
+		}
+		select {
+		case <-installed:
+		case <-ctx.Done():
+			return explainAs(ctx, status.LinkFailed, status.StageDial, errors.New("peer did not link")).At(id, "")
+		}
+	}
+}
+
 // LivePeers describes the other ends of the links that live.
 func (m *Manager) LivePeers() []Peer {
 	m.mu.Lock()
@@ -229,6 +311,7 @@ func (m *Manager) Close() error {
 	m.closed = true
 	door := m.door
 	m.door = nil
+	beside := slices.Collect(maps.Keys(m.beside))
 	var links []*Link
 	for _, r := range m.records {
 		if r.link != nil {
@@ -238,6 +321,9 @@ func (m *Manager) Close() error {
 	m.mu.Unlock()
 	m.cancel(errFinalized)
 	err := m.StopListening()
+	for _, l := range beside {
+		m.stopBeside(l)
+	}
 	for _, l := range links {
 		m.setFarewell(l, errFinalized.Error())
 		m.kill(l, goodbye(l.peer, errFinalized.Error()))

@@ -34,12 +34,12 @@ func (m *Manager) Unlink(ctx context.Context, id uint64, address string, force b
 	if r != nil {
 		l = r.link
 	}
-	alone := l != nil && (!l.lives() || l.control == nil) // dead, or to oneself: nobody to ask
+	dead := l != nil && !l.lives()
 	m.mu.Unlock()
 	switch {
-	case force && l == nil:
+	case l == nil && (force || m.standsFor(id)):
 		return nil
-	case force || alone:
+	case force || dead:
 		m.drop(id, l, farewellOurs)
 		return nil
 	}
@@ -51,6 +51,8 @@ func (m *Manager) Unlink(ctx context.Context, id uint64, address string, force b
 	return nil
 }
 
+func (m *Manager) standsFor(id uint64) bool { return m.cfg.StandsFor != nil && m.cfg.StandsFor(id) }
+
 // drop retires l, if it lives, and forgets it.
 func (m *Manager) drop(id uint64, l *Link, farewell string) {
 	m.retire(l, farewell)
@@ -61,7 +63,7 @@ func (m *Manager) drop(id uint64, l *Link, farewell string) {
 	}
 }
 
-// unlinkBoth asks the peer and then drops l, which is nil where only the peer may have a link.
+// unlinkBoth asks the peer, where it is another engine, and then drops l, which is nil where only the peer may have a link.
 func (m *Manager) unlinkBoth(ctx context.Context, id uint64, address string, l *Link) *status.Error {
 	m.setFarewell(l, farewellOurs)
 	// Our own pulls end first: the peer only knows when it has sent the last byte of them, or nothing where we read its memory directly.
@@ -69,9 +71,11 @@ func (m *Manager) unlinkBoth(ctx context.Context, id uint64, address string, l *
 		m.setFarewell(l, "")
 		return explainAs(ctx, status.Timeout, status.StageClose, ErrBusy)
 	}
-	if err := m.askUnlink(ctx, id, address); err != nil {
-		m.setFarewell(l, "")
-		return err
+	if l == nil || l.control != nil {
+		if err := m.askUnlink(ctx, id, address); err != nil {
+			m.setFarewell(l, "")
+			return err
+		}
 	}
 	if l == nil {
 		return nil
@@ -175,8 +179,8 @@ func (m *Manager) dropFor(h hello) bool {
 	return true
 }
 
-// remember keeps a failure for Explain.
-func (m *Manager) remember(id uint64, failure error) {
+// Remember keeps a failure for Explain.
+func (m *Manager) Remember(id uint64, failure error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.recordOf(id).failure = time.Now().UTC().Format(time.RFC3339) + " " + failure.Error()
@@ -184,7 +188,7 @@ func (m *Manager) remember(id uint64, failure error) {
 
 // failed logs a failure and keeps it for Explain.
 func (m *Manager) failed(id uint64, text string, failure error) {
-	m.remember(id, failure)
+	m.Remember(id, failure)
 	m.eventOf(Error, id, text, failure)
 }
 

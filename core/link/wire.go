@@ -33,10 +33,11 @@ const (
 type intent uint8
 
 const (
-	intentControl intent = 1
-	intentData    intent = 2
-	intentUnlink  intent = 3
-	intentRefuse  intent = 255 // only in an answer
+	intentControl  intent = 1
+	intentData     intent = 2
+	intentUnlink   intent = 3
+	intentAnnounce intent = 4   // only to a rendezvous address
+	intentRefuse   intent = 255 // only in an answer
 )
 
 // frameKind says what a frame on a control connection is. Kinds that a reader doesn't know are skipped: a later minor version may
@@ -50,6 +51,7 @@ const (
 	frameReady  frameKind = 4 // ready: the end that dialed has everything; answered with the same kind
 	framePing   frameKind = 5 // empty
 	frameDone   frameKind = 6 // unlinked; empty
+	frameRoster frameKind = 7 // roster: the answer to an announcement, when all members are there
 )
 
 const (

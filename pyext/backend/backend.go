@@ -82,11 +82,15 @@ func Open(handle int64, clusterID uint64, options, environment string) error {
 		return err
 	}
 	widen()
-	made, err := engine.New(clusterID, parsed, engine.Parts{Device: mem.Host(), Network: engine.TCP(), Event: post})
+	report := post
+	if parsed.MultipleEngines {
+		report = func(e link.Event) { postOf(&clusterID, e) }
+	}
+	made, err := engine.New(clusterID, parsed, engine.Parts{Device: mem.Host(), Network: engine.TCP(), Event: report})
 	if err != nil {
 		return err
 	}
-	post(link.Event{Level: link.Info, Text: "DEVICE memory is host memory; no accelerator's library is in use"})
+	report(link.Event{Level: link.Info, Text: "DEVICE memory is host memory; no accelerator's library is in use"})
 	state.mu.Lock()
 	defer state.mu.Unlock()
 	state.engines[handle] = made

@@ -72,7 +72,7 @@ func signalEvents() {
 	_, _ = unix.Write(events.fd, one[:]) // full means that it is readable already
 }
 
-// TakeEvents returns the waiting lines as a JSON array of objects (level, text, cluster, cause) and forgets them; "" for none.
+// TakeEvents returns the waiting lines as a JSON array of objects (level, text, engine, cluster, cause) and forgets them; "" for none.
 func TakeEvents() string {
 	events.mu.Lock()
 	defer events.mu.Unlock()
@@ -95,13 +95,17 @@ func TakeEvents() string {
 }
 
 // post queues a line. It never blocks.
-func post(e link.Event) {
+func post(e link.Event) { postOf(nil, e) }
+
+// postOf is post for one of several engines, named by its cluster id.
+func postOf(engine *uint64, e link.Event) {
 	line := struct {
 		Level   uint8   `json:"level"`
 		Text    string  `json:"text"`
+		Engine  *uint64 `json:"engine"`
 		Cluster *uint64 `json:"cluster"`
 		Cause   *string `json:"cause"`
-	}{Level: uint8(e.Level), Text: e.Text}
+	}{Level: uint8(e.Level), Text: e.Text, Engine: engine}
 	if e.HasClusterID {
 		line.Cluster = &e.ClusterID
 	}

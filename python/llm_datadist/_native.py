@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import threading
 from array import array
+from collections import deque
 from typing import Any, Callable, ClassVar
 
 from .status import LLMException, LLMStatusCode, code_2_status
@@ -38,6 +39,9 @@ _extension: Any = None
 _fork_is_watched = False
 _forked = False
 _table: Any = None  # the engine's descriptors, as an array of int64: three words an entry
+_engines: dict[int, bool] = {}  # the handle of each that is open, and whether others may be beside it
+_engines_lock = threading.Lock()  # guards _engines
+_dropped: deque[int] = deque()  # handles of engines that nobody can close any more
 
 
 def extension() -> Any:
@@ -296,10 +300,52 @@ def _close(native: Any, handle: int) -> None:
         log.error("%s", failure("finalize", -result))
 
 
+def _finish(handle: int) -> None:
+    """Close an engine, once."""
+    with _engines_lock:
+        if _engines.pop(handle, None) is None:
+            return
+    try:
+        _close(_extension, handle)
+    finally:
+        _events.stop(_extension)
+
+
+def close_dropped() -> None:
+    """Close the engines that were dropped without finalize."""
+    while not _forked:
+        try:
+            handle = _dropped.popleft()
+        except IndexError:
+            return
+        _finish(handle)
+
+
+def close_all() -> None:
+    """Close every engine of the process."""
+    if _forked:
+        return
+    with _engines_lock:
+        handles = list(_engines)
+    for handle in handles:
+        _finish(handle)
+
+
+def several() -> bool:
+    """Tell whether an engine is open beside which others may be."""
+    with _engines_lock:
+        return any(_engines.values())
+
+
 class Engine:
-    """One native engine. Its methods are the calls of the boundary; each takes checked arguments."""
+    """One native engine. Its methods are the calls of the boundary; each takes checked arguments.
+
+    One that is dropped while it is open is closed when the next one is opened or closed, or at exit.
+    """
 
     def __init__(self, cluster_id: int, options: dict[str, str]) -> None:
+        self._open = False
+        close_dropped()
         native = extension()
         handle = next(_numbers)
         variables = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
@@ -319,22 +365,22 @@ class Engine:
             raise failed
         self._native = native
         self._handle = handle
+        with _engines_lock:
+            _engines[handle] = options.get("open.MultipleEngines") == "1"
         self._open = True
         self._pull = native.pyext_PullStart
-        self._lock = threading.Lock()  # guards _open: an engine is closed once
 
     def close(self) -> None:
         """Finalize. In a forked child nothing happens: the engine is the parent's."""
-        if _forked:
+        if _forked or not self._open:
             return
-        with self._lock:
-            if not self._open:
-                return
-            self._open = False
-        try:
-            _close(self._native, self._handle)
-        finally:
-            _events.stop(self._native)
+        self._open = False
+        _finish(self._handle)
+        close_dropped()
+
+    def __del__(self) -> None:
+        if self._open:
+            _dropped.append(self._handle)  # closing takes locks, which whoever is interrupted by this may hold
 
     def _usable(self, closed: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID) -> Any:
         if _forked:
@@ -374,6 +420,22 @@ class Engine:
         arguments = (self._handle, WAIT_MILLIS, timeout, json.dumps(clusters), force)
         text = call("unlink_clusters", native.pyext_UnlinkStart, *arguments, leaves_text=True)
         return [code_2_status(code) for code in json.loads(text)]
+
+    def group_link(self, name: str, members: list[tuple[int, int]], table: str) -> int:
+        """Begin to link a group. members has cluster id and rank of each."""
+        plain = [(str(cluster_id), rank) for cluster_id, rank in members]
+        request = json.dumps({"name": name, "members": plain, "table": table})
+        return self._short("link", self._usable().pyext_GroupLink(self._handle, request))
+
+    def group_unlink(self, comm_id: int) -> None:
+        call("unlink", self._usable().pyext_GroupUnlinkStart, self._handle, WAIT_MILLIS, signed(comm_id))
+
+    def group_status(self, comm_id: int) -> int:
+        result = self._usable().pyext_GroupStatus(self._handle, signed(comm_id))
+        return self._short("query_register_mem_status", result)
+
+    def remap(self) -> None:
+        self._short("remap_registered_memory", self._usable().pyext_MemoryRemap(self._handle))
 
     def register(
         self, operation: str, desc: array[int], addrs: array[int], keys: array[int], remote_accessible: bool
@@ -500,9 +562,10 @@ class _Events:
     def drain(self, native: Any) -> None:
         text = native.pyext_EventsTake()
         for line in json.loads(text) if text else ():
+            engine = "" if line["engine"] is None else f"engine {line['engine']}: "
             peer = "" if line["cluster"] is None else f"cluster {line['cluster']}: "
             cause = "" if line["cause"] is None else f": {line['cause']}"
-            self._WRITERS.get(line["level"], log.error)("%s%s%s", peer, line["text"], cause)
+            self._WRITERS.get(line["level"], log.error)("%s%s%s%s", engine, peer, line["text"], cause)
 
 
 _events = _Events()

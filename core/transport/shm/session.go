@@ -53,6 +53,7 @@ type Session struct {
 	made    time.Time
 	refusal atomic.Pointer[refusal]
 	tasks   sync.WaitGroup // populate
+	forbid  func()         // ends the peer's permission to read our private memory, as far as it is this link's
 	closed  atomic.Bool
 	release sync.Once
 }
@@ -80,11 +81,10 @@ func NewSession(cfg Config) (*Session, error) {
 	if len(cfg.FDs) != 1+len(o.Pools) {
 		return nil, fmt.Errorf("the peer gave %d descriptors for a directory and %d pools", len(cfg.FDs), len(o.Pools))
 	}
-	cfg.Share.permit(cfg.Pid) // first of all: the peer looks for it
-	s := &Session{share: cfg.Share, made: time.Now()}
+	s := &Session{share: cfg.Share, forbid: ours.permit(cfg.Pid), made: time.Now()} // first of all: the peer looks for it
 	if err := s.mapAll(o, cfg); err != nil {
 		s.unmap()
-		cfg.Share.forbid(cfg.Pid)
+		s.forbid()
 		return nil, err
 	}
 	mem.Calibrate()
@@ -127,7 +127,7 @@ func (s *Session) Close(cause error) {
 	s.Direct.Close(cause)
 	s.release.Do(func() {
 		s.tasks.Wait()
-		s.share.forbid(s.process.Pid)
+		s.forbid()
 		s.unmap()
 	})
 }

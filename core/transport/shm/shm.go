@@ -15,9 +15,6 @@ package shm
 import (
 	"errors"
 	"fmt"
-	"os"
-	"strings"
-	"sync"
 
 	"github.com/fxamacker/cbor/v2"
 	"golang.org/x/sys/unix"
@@ -69,9 +66,6 @@ type Share struct {
 	pools     []*mem.HostMemory
 	canary    *mem.Canary
 	crew      *mem.Crew
-
-	mu        sync.Mutex // guards permitted
-	permitted int        // the process that Yama lets read our memory; 0: none
 }
 
 // NewShare makes the directory of an engine and says what else is shared. pools stay the caller's. threads is how many threads one pull
@@ -125,32 +119,4 @@ func closeAll(fds []int) {
 func (s *Share) Close() error {
 	s.crew.Close()
 	return errors.Join(s.publisher.Close(), s.canary.Close())
-}
-
-// yamaScope is where the kernel says that reading a process of the same uid takes a permission of that process ("1"; absent without the
-// Yama security module).
-const yamaScope = "/proc/sys/kernel/yama/ptrace_scope"
-
-func yamaAsks() bool {
-	text, err := os.ReadFile(yamaScope)
-	return err == nil && strings.TrimSpace(string(text)) == "1"
-}
-
-// permit lets the process pid read our private memory, where that takes a permission. There is one at a time: the first peer has it.
-func (s *Share) permit(pid int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if pid > 0 && s.permitted == 0 && yamaAsks() && unix.Prctl(unix.PR_SET_PTRACER, uintptr(pid), 0, 0, 0) == nil {
-		s.permitted = pid
-	}
-}
-
-// forbid takes a permission back.
-func (s *Share) forbid(pid int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if pid > 0 && s.permitted == pid {
-		s.permitted = 0
-		_ = unix.Prctl(unix.PR_SET_PTRACER, 0, 0, 0, 0) // the process is gone, or has no link any more
-	}
 }

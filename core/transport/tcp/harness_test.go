@@ -416,7 +416,6 @@ func newSession(t testing.TB, conns []transport.Conn, o *owner) (*Session, chan 
 		require.LessOrEqual(t, len(broken), 1, "Broken was called more than once")
 		require.Empty(t, s.serves)
 		require.Empty(t, s.sending)
-		require.Empty(t, s.pushes)
 		require.Empty(t, s.receipts)
 		require.Nil(t, s.Unconfirmed())
 		require.Zero(t, s.segments)

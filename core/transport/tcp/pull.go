@@ -13,14 +13,15 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
-// pull is one operation of ours. Its bytes are placed by the lanes, each of which enters it for one system call at a time; when it has
-// ended nobody enters any more, and the caller waits until the last one has left. Pulls are used again: who has found one by its number
-// names that number when it takes the lock.
+// pull is one operation of ours; a push is one for which no bytes come. Its bytes are placed by the lanes, each of which enters it for
+// one system call at a time; when it has ended nobody enters any more, and the caller waits until the last one has left. Pulls are used
+// again: who has found one by its number names that number when it takes the lock.
 type pull struct {
 	session *Session
 	lane    *lane // carries the request and what follows it
 	req     *transport.Request
 	resolve bool // only the entry is wanted
+	push    bool // only the answer is wanted: it is a push
 	led     bool // its caller may receive: all of it comes on its lane
 	gone    bool // the caller's: left was seen
 	barred  bool // the caller's: its lane has failed
@@ -85,7 +86,7 @@ func (p *pull) recycle() {
 	}
 	p.mu.Lock()
 	p.id, p.lane, p.req, p.stream, p.err, p.placed, p.entry = 0, nil, nil, nil, nil, 0, entry{}
-	p.resolve, p.led, p.gone, p.barred = false, false, false, false
+	p.resolve, p.push, p.led, p.gone, p.barred = false, false, false, false, false
 	p.planned, p.ended, p.over, p.told = false, false, false, false
 	p.mu.Unlock()
 	s := p.session
@@ -235,21 +236,29 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 		return nil, err
 	}
 	putRequest(body, req)
+	if err := s.list(p, f); err != nil {
+		return nil, err
+	}
+	if !p.led {
+		s.join(p)
+	}
+	return p, nil
+}
+
+// list puts an operation on the table and sends its request.
+func (s *Session) list(p *pull, request frame) error {
 	s.mu.Lock()
 	if cause := s.cause; cause != nil {
 		s.mu.Unlock()
-		s.putBuffer(f.buffer)
-		return nil, linkEnded(cause)
+		s.putBuffer(request.buffer)
+		return status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", cause)
 	}
 	s.pulls[p.id] = p
 	s.mu.Unlock()
 	s.open.Add(1)
 	s.asked.Add(1)
-	p.lane.enqueue(f)
-	if !p.led {
-		s.join(p)
-	}
-	return p, nil
+	p.lane.enqueue(request)
+	return nil
 }
 
 // checkBody says whether the body of a request or a push fits its frame.
@@ -259,10 +268,6 @@ func checkBody(bytes int) error {
 	}
 	return status.Newf(status.ParamInvalid, status.StageCheck, "the request has %d bytes, more than a control frame of %d", bytes, maxBody).
 		Hinting("split the block lists over several calls")
-}
-
-func linkEnded(cause error) error {
-	return status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", cause)
 }
 
 // wantedBytes is about how much a request asks for.
@@ -512,6 +517,9 @@ func (s *Session) entry(h header, body []byte) error {
 		return nil
 	}
 	defer p.exit()
+	if p.push {
+		return protocolError("an entry for a push")
+	}
 	p.planMu.Lock()
 	defer p.planMu.Unlock()
 	p.mu.Lock()
@@ -559,14 +567,17 @@ func (p *pull) build(e *entry) error {
 func (s *Session) failed(h header, body []byte) {
 	p := s.pulling(h.operation)
 	if p == nil {
-		s.pushOver(h.operation, receiverSays(refusal(h.a, body)), true)
 		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.id == h.operation {
+		e := refusal(h.a, body)
+		if p.push {
+			e = receiverSays(e)
+		}
 		p.told = true
-		p.endLocked(refusal(h.a, body))
+		p.endLocked(e)
 	}
 }
 
@@ -594,12 +605,12 @@ func refusal(code uint64, body []byte) *status.Error {
 
 // confirmed takes the answer to DONE, or to a push.
 func (s *Session) confirmed(h header) {
-	if s.pushOver(h.operation, nil, true) {
-		return
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock() // it stays this operation's while it is on the table
-	if p := s.pulls[h.operation]; p != nil {
+	if p := s.pulls[h.operation]; p != nil && p.push {
+		p.told = true
+		p.end(nil)
+	} else if p != nil {
 		select {
 		case p.acked <- status.Code(h.a):
 		default: // a second answer changes nothing

@@ -10,17 +10,8 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
-// push is one operation of ours that the peer's engine carries out: it pulls the bytes, and answers.
-type push struct {
-	id   uint64
-	lane *lane
-	over chan struct{} // closed when the peer has answered or the session has ended
-
-	// Guarded by session.mu until over is closed.
-	err      error // the result
-	answered bool  // it is the peer's word
-	unsure   bool  // its caller has returned before the answer
-}
+// confirmWithin is how long a push that is to end waits for the peer to confirm that it has (rule 4 of docs/design.md).
+const confirmWithin = time.Second
 
 // confirmation is what later operations wait for.
 type confirmation struct {
@@ -28,10 +19,7 @@ type confirmation struct {
 	left int           // pushes whose callers have returned before the answer; guarded by session.mu
 }
 
-// confirmWithin is how long a push that is to end waits for the peer to confirm that it has (rule 4 of docs/design.md).
-const confirmWithin = time.Second
-
-// Push implements transport.Session.
+// Push implements transport.Session. A push is waited for as a pull is, but no bytes come for it: the peer's engine pulls, and answers.
 func (s *Session) Push(ctx context.Context, what *transport.Push) error {
 	if err := transport.AwaitConfirmed(ctx, s); err != nil {
 		return err
@@ -39,84 +27,95 @@ func (s *Session) Push(ctx context.Context, what *transport.Push) error {
 	if ctx.Err() != nil {
 		return transport.Ended(ctx)
 	}
-	deadline, _ := ctx.Deadline()
+	deadline, bounded := ctx.Deadline()
 	p, err := s.startPush(deadline, what)
 	if err != nil {
 		return err
 	}
-	select {
-	case <-p.over:
-		return p.err
-	case <-ctx.Done():
-		return s.endPush(ctx, p)
+	if !bounded {
+		deadline = time.Now().Add(forever)
 	}
+	for !p.await(ctx, deadline) {
+		if ctx.Err() != nil {
+			return s.endPush(ctx, p)
+		}
+		<-ctx.Done() // the timer was a little earlier
+	}
+	defer s.forget(p, p.id)
+	return p.err
 }
 
 // startPush registers the operation and sends its request.
-func (s *Session) startPush(deadline time.Time, what *transport.Push) (*push, error) {
+func (s *Session) startPush(deadline time.Time, what *transport.Push) (*pull, error) {
 	length := pushBodyBytes(what)
 	if err := checkBody(length); err != nil {
 		return nil, err
 	}
-	p := &push{id: s.next.Add(1), over: make(chan struct{})}
-	p.lane = s.freeLane(s.lanes[p.id%uint64(len(s.lanes))])
+	p := s.newPull()
+	p.push, p.led, p.lane = true, true, s.freeLane(p.lane)
 	f, body, err := s.newFrame(header{kind: kindPush, length: uint32(length), operation: p.id, a: requestMillis(deadline)})
 	if err != nil {
 		return nil, err
 	}
 	putPush(body, what)
-	s.mu.Lock()
-	if cause := s.cause; cause != nil {
-		s.mu.Unlock()
-		s.putBuffer(f.buffer)
-		return nil, linkEnded(cause)
-	}
-	s.pushes[p.id] = p
-	s.mu.Unlock()
-	s.open.Add(1)
-	p.lane.enqueue(f)
-	return p, nil
+	return p, s.list(p, f)
 }
 
 // endPush ends a push whose ctx has ended.
-func (s *Session) endPush(ctx context.Context, p *push) error {
+func (s *Session) endPush(ctx context.Context, p *pull) error {
 	if p.lane.withdraw(p.id) {
-		s.pushOver(p.id, transport.Ended(ctx), false)
-		<-p.over
-		return p.err
+		p.end(transport.Ended(ctx))
+	} else {
+		s.tell(p.lane, header{kind: kindCancel, operation: p.id})
 	}
-	s.tell(p.lane, header{kind: kindCancel, operation: p.id})
-	timer := time.NewTimer(confirmWithin)
-	defer timer.Stop()
-	select {
-	case <-p.over:
-	case <-timer.C:
-		if s.leaveUnconfirmed(p) {
-			return status.New(status.Timeout, status.StageTransfer, "receiver has not confirmed").
-				Hinting("the destination may still change until the receiver answers; later transfers to it wait for that")
-		}
+	if !p.await(context.Background(), time.Now().Add(confirmWithin)) && s.leaveUnconfirmed(p) {
+		return status.New(status.Timeout, status.StageTransfer, "receiver has not confirmed").
+			Hinting("the destination may still change until the receiver answers; later transfers to it wait for that")
 	}
-	if p.err != nil && p.answered {
+	defer s.forget(p, p.id)
+	if p.err != nil && p.told {
 		return transport.Ended(ctx) // the peer only says that it was told so
 	}
 	return p.err
 }
 
-// leaveUnconfirmed has later operations wait for the answer. It returns false where that has come.
-func (s *Session) leaveUnconfirmed(p *push) bool {
+// leaveUnconfirmed has later operations wait for the answer. Where the session is ending it waits itself, and returns false.
+func (s *Session) leaveUnconfirmed(p *pull) bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.pushes[p.id] != p {
-		return false
+	ending := s.cause != nil
+	if !ending {
+		s.awaitAnswer(p)
 	}
-	p.unsure = true
+	s.mu.Unlock()
+	if ending {
+		<-p.left // who has ended the session ends all its operations now
+	}
+	return !ending
+}
+
+// awaitAnswer waits for the answer to a push in its caller's place. The caller holds mu, and the session has not ended: it waits for this
+// goroutine as for its lanes'.
+func (s *Session) awaitAnswer(p *pull) {
 	c := s.unconfirmed.Load()
 	if c == nil {
 		c = &confirmation{all: make(chan struct{})}
 		s.unconfirmed.Store(c)
 	}
 	c.left++
-	return true
+	s.workers.Go(func() {
+		<-p.left
+		s.forget(p, p.id)
+		s.confirmedLate(c)
+	})
+}
+
+func (s *Session) confirmedLate(c *confirmation) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.left--; c.left == 0 {
+		s.unconfirmed.Store(nil)
+		close(c.all)
+	}
 }
 
 // Unconfirmed implements transport.Control.
@@ -125,28 +124,6 @@ func (s *Session) Unconfirmed() <-chan struct{} {
 		return c.all
 	}
 	return nil
-}
-
-// pushOver ends a push of ours, once, and reports that there was one.
-func (s *Session) pushOver(id uint64, result error, answered bool) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.pushes[id]
-	if p == nil {
-		return false
-	}
-	delete(s.pushes, id)
-	p.err, p.answered = result, answered
-	close(p.over)
-	if c := s.unconfirmed.Load(); p.unsure {
-		if c.left--; c.left == 0 {
-			s.unconfirmed.Store(nil)
-			close(c.all)
-		}
-	}
-	s.open.Add(-1)
-	s.wakeIdle()
-	return true
 }
 
 // receiverSays marks what is the other end's view in an error: there "local" is what is remote here.

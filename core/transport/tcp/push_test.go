@@ -205,6 +205,39 @@ func TestPushesToAPeerThatDoesNotReadAreTakenBack(t *testing.T) {
 	})
 }
 
+func TestAnAnswerThatIsNoneEndsTheSessionOfAPush(t *testing.T) {
+	for name, c := range map[string]struct {
+		bytes func(dst *cache) []byte
+		cause string
+	}{
+		"entry": {func(dst *cache) []byte { return entryFrame(1, dst) }, "an entry for a push"},
+		"data":  {func(*cache) []byte { return dataFrame(1, 0, make([]byte, 10), 0) }, "data before its entry"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			check(t)
+			s, raw, dst := against(t)
+			result := pushing(context.Background(), s, fullPush())
+			raw.expect(kindPush, 1)
+			raw.write(c.bytes(dst))
+			requireStatus(t, receiveFrom(t, result), status.Failed, c.cause)
+		})
+	}
+}
+
+// A stranger's answers count once, and those to nothing not at all.
+func TestTheFirstAnswerToAPushCounts(t *testing.T) {
+	check(t)
+	s, raw, dst := against(t)
+	result := pushing(context.Background(), s, fullPush())
+	raw.expect(kindPush, 1)
+	confirmed := frameOf(header{kind: kindConfirmed, operation: 1}, nil)
+	refused := frameOf(header{kind: kindFail, operation: 1, a: uint64(status.ParamInvalid)}, []byte("check\x00no"))
+	raw.write(append(append(frameOf(header{kind: kindConfirmed, operation: 9}, nil), refused...), confirmed...))
+	requireStatus(t, receiveFrom(t, result), status.ParamInvalid, "receiver: no")
+	raw.write(refused)
+	requireWorks(t, s, raw, dst)
+}
+
 func TestTheEndOfASessionEndsItsPushes(t *testing.T) {
 	for name, end := range map[string]func(l *link){
 		"the pusher closes":    func(l *link) { l.a.Close(errClosed) },

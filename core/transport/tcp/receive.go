@@ -52,9 +52,11 @@ func (l *lane) receiveLoop() {
 		l.conn.Park()
 		<-l.turn
 		err := l.attend()
+		if err != nil {
+			l.session.broke(err) // before anybody else receives, from the middle of a frame that made no sense
+		}
 		l.turn <- struct{}{}
 		if err != nil {
-			l.session.broke(err)
 			return
 		}
 	}
@@ -160,10 +162,10 @@ func (l *lane) lead(ctx context.Context, p *pull, until time.Time) error {
 	err := l.leadOn(ctx, p, until)
 	l.rest()
 	l.watch(true)
-	l.turn <- struct{}{}
 	if err != nil {
-		l.session.broke(err)
+		l.session.broke(err) // see receiveLoop
 	}
+	l.turn <- struct{}{}
 	return err
 }
 

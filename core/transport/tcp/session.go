@@ -69,7 +69,6 @@ type Session struct {
 	pulls    map[uint64]*pull
 	spare    []*pull // to use again
 	serves   map[uint64]*serve
-	pushes   map[uint64]*push
 	receipts map[uint64]*receipt
 	segments int      // of all served operations
 	sending  []*serve // operations that still have chunks to claim, in turn
@@ -82,10 +81,7 @@ func NewSession(cfg Config) (*Session, error) {
 	if len(cfg.Conns) == 0 {
 		return nil, status.New(status.ParamInvalid, status.StageCheck, "a session without a data connection")
 	}
-	s := &Session{
-		cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}, pushes: map[uint64]*push{},
-		receipts: map[uint64]*receipt{},
-	}
+	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}, receipts: map[uint64]*receipt{}}
 	if s.spin = cfg.Spin; s.spin == 0 {
 		s.spin = defaultSpin
 	}
@@ -140,7 +136,7 @@ func (s *Session) shut(cause error, broken func(error)) {
 	s.cause = cause
 	close(s.closing)
 	pulls, serves := maps.Clone(s.pulls), slices.Collect(maps.Values(s.serves))
-	pushes, receipts := slices.Collect(maps.Keys(s.pushes)), slices.Collect(maps.Values(s.receipts))
+	receipts := slices.Collect(maps.Values(s.receipts))
 	if broken != nil {
 		s.breaks.Add(1) // under mu: a Close that comes second waits for it
 	}
@@ -157,9 +153,6 @@ func (s *Session) shut(cause error, broken func(error)) {
 	}
 	for _, v := range serves {
 		v.abandon()
-	}
-	for _, id := range pushes {
-		s.pushOver(id, cause, false)
 	}
 	for _, r := range receipts {
 		r.cancel(cause)
@@ -191,7 +184,7 @@ func (s *Session) Idle() <-chan struct{} {
 
 // wakeIdle tells who waits for an idle session. The caller holds mu.
 func (s *Session) wakeIdle() {
-	if len(s.pulls)+len(s.serves)+len(s.pushes)+len(s.receipts) > 0 {
+	if len(s.pulls)+len(s.serves)+len(s.receipts) > 0 {
 		return
 	}
 	for _, ch := range s.idle {

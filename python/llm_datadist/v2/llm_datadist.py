@@ -18,9 +18,10 @@ from .. import _native
 from ..configs import LLMClusterInfo, LLMRole
 from ..status import LLMException, LLMStatusCode, code_2_status, handle_llm_status, raise_if_false, raise_if_true
 from ..utils import log
-from ..utils.utils import check_dict, check_int32, check_isinstance, check_uint64
+from ..utils.utils import check_dict, check_int32, check_isinstance, check_uint32, check_uint64
 from .cache_manager import CacheManager
 from .config import ClusterConfig, EngineConfig
+from .llm_types import RegisterMemStatus, int_to_mem_status_dict
 from .llm_utils import parse_listen_ip_info
 
 __all__ = ["BaseDataDist", "LLMDataDist"]
@@ -33,16 +34,23 @@ _LISTEN_INFO = "llm.listenIpInfo"
 _LISTEN_IP = "llm.ListenIp"
 _LISTEN_PORT = "llm.ListenPort"
 _ROLE = "llm.Role"
+_MULTIPLE_ENGINES = "open.MultipleEngines"
 _GRAPH_MEMORY = "ge.flowGraphMemMaxSize"
+
+_MOST_NAME = 127  # characters
+_MOST_MEMBERS = 4
 
 _ROLE_NAMES = {LLMRole.PROMPT: "Prompt", LLMRole.DECODER: "Decoder", LLMRole.MIX: "Mix"}
 
 
 class BaseDataDist:
-    """One end of the transfer of KV cache, in either package. A process has at most one that is initialised.
+    """One end of the transfer of KV cache, in either package.
 
+    A process has at most one that is initialised, or any number of those with open.MultipleEngines=1.
     role says what the process is for (PROMPT computes, DECODER fetches); in cache-manager mode it does not limit what may
     be called. cluster_id is the id by which peers know this end.
+
+    llm_engine_instance is the one that is initialised; those with open.MultipleEngines are not in it.
     """
 
     llm_engine_instance: BaseDataDist | None = None
@@ -67,9 +75,13 @@ class BaseDataDist:
         _native.refuse_in_child()
         if self._is_initialized:
             return
+        several = isinstance(options, dict) and options.get(_MULTIPLE_ENGINES) == "1"
+        _native.close_dropped()
+        alone = all(package.llm_engine_instance in (None, self) for package in BaseDataDist.__subclasses__())
         raise_if_false(
-            all(package.llm_engine_instance in (None, self) for package in BaseDataDist.__subclasses__()),
-            "another LLMDataDist of this process is initialised, finalize it first",
+            alone and (several or not _native.several()),
+            "another LLMDataDist of this process is initialised: finalize it first, or give both {}=1",
+            _MULTIPLE_ENGINES,
             status_code=LLMStatusCode.LLM_FAILED,
         )
         check_isinstance("options", options, dict, allow_none=False)
@@ -81,7 +93,8 @@ class BaseDataDist:
         self._engine_options = engine_options
         self._start()
         self._is_initialized = True
-        self._package().llm_engine_instance = self
+        if not several:
+            self._package().llm_engine_instance = self
 
     @staticmethod
     def _package() -> type[BaseDataDist]:
@@ -299,6 +312,55 @@ class LLMDataDist(BaseDataDist):
         assert self._cache_manager is not None
         return self._cache_manager
 
+    def link(self, comm_name: str, cluster_rank_info: dict[int, int], rank_table: str) -> int:
+        """Begin to link a group of 2 to 4 engines, each of which calls this with the same arguments, and return an id.
+
+        cluster_rank_info maps cluster ids, the own one among them, to ranks that do not decrease; rank_table is the JSON
+        text that tells the address of each rank. query_register_mem_status tells when the links are there.
+        Raises LLMException: LLM_PARAM_INVALID for arguments, LLM_LINK_FAILED for what is no rank table.
+        """
+        self._check_initialized()
+        raise_if_false(self._enable_cache_mgr, "link needs {}=1", _CACHE_MANAGER)
+        check_isinstance("comm_name", comm_name, str, allow_none=False)
+        raise_if_false(comm_name, "comm_name should not be empty")
+        raise_if_false(len(comm_name) <= _MOST_NAME, "comm_name should have at most {} characters", _MOST_NAME)
+        check_isinstance("cluster_rank_info", cluster_rank_info, dict, allow_none=False)
+        check_dict("cluster_rank_info", cluster_rank_info, int, int)
+        raise_if_false(len(cluster_rank_info) <= _MOST_MEMBERS, "cluster_rank_info should have at most {} members", _MOST_MEMBERS)
+        for cluster_id, rank in cluster_rank_info.items():
+            check_uint64("cluster_rank_info key", cluster_id)
+            check_uint32("cluster_rank_info value", rank)
+        check_isinstance("rank_table", rank_table, str, allow_none=False)
+        raise_if_false(len(cluster_rank_info) >= 2, "cluster_rank_info should have at least 2 members")
+        ranks = list(cluster_rank_info.values())
+        raise_if_false(ranks == sorted(ranks), "the ranks of cluster_rank_info should not decrease, but got {}", ranks)
+        comm_id: int = self._groups.group_link(comm_name, list(cluster_rank_info.items()), rank_table)
+        self.cache_manager.set_is_call_linked()
+        return comm_id
+
+    def unlink(self, comm_id: int) -> None:
+        """End what link began: a running preparation and this end of the links, save those of another group.
+
+        Raises LLMException with LLM_NOT_YET_LINK for an id that link did not return, or that was unlinked.
+        """
+        self._check_initialized()
+        self._groups.group_unlink(check_uint64("comm_id", comm_id))
+
+    def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
+        """Tell how far link has come: PREPARING, then OK or FAILED for good. explain and the log tell why it failed.
+
+        Raises LLMException with LLM_NOT_YET_LINK for an id that link did not return, or that was unlinked.
+        """
+        self._check_initialized()
+        state = self._groups.group_status(check_uint64("comm_id", comm_id))
+        return int_to_mem_status_dict.get(state, RegisterMemStatus.FAILED)
+
+    @property
+    def _groups(self) -> _native.Engine:
+        """The engine that knows the groups of link; that of the older API has none."""
+        engine: _native.Engine = self._engine if self._enable_cache_mgr else self._engine.native
+        return engine
+
 
 def _check_graph_memory(options: dict[str, str]) -> None:
     if _GRAPH_MEMORY not in options:
@@ -342,12 +404,13 @@ def _told(result: tuple[int, list[int]]) -> tuple[LLMStatusCode, list[LLMStatusC
 
 def shut_down(instance: BaseDataDist | None) -> None:
     """Finalize what is left at exit."""
-    if instance is None:
-        return
     try:
-        instance.finalize()
+        if instance is not None:
+            instance.finalize()
     except LLMException as exc:
         log.warn("finalize at exit: %s", exc)
+    finally:
+        _native.close_all()
 
 
 def _shutdown_handler() -> None:

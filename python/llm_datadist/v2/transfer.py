@@ -135,6 +135,7 @@ class TransferAsyncThread(threading.Thread):
         layer_synchronizer: LayerSynchronizer,
         jobs: Sequence[TransferCacheJob],
         layers: range,
+        timeout_code: LLMStatusCode = LLMStatusCode.LLM_TIMEOUT,
     ) -> None:
         super().__init__(
             target=self._survive,  # threading.Thread forgets target and arguments at the end
@@ -143,18 +144,34 @@ class TransferAsyncThread(threading.Thread):
             daemon=False,
         )
         self._jobs = jobs
+        self._timeout_code = timeout_code  # the result of a push that has missed its deadline
         self._results: dict[int, LLMStatusCode] = {}  # by destination cluster
+        self._ended = threading.Event()
 
     def get_results(self) -> list[LLMStatusCode | None]:
-        """Return the code of each job's cluster, None where there is none (yet). LLMException in a forked child."""
-        _native.refuse_in_child()  # where the thread seems to have ended
+        """Return the code of each job's cluster, None where there is none (yet)."""
         return [self._results.get(job.cluster_id) for job in self._jobs]
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the transfer has ended, for timeout seconds at most. LLMException in a forked child, where it never ends.
+
+        Thread.join is no place to wait in: up to Python 3.12 it takes a Ctrl-C for the end of the thread.
+        """
+        _native.refuse_in_child()
+        if self._ended.wait(timeout):
+            super().join()
+
+    def is_alive(self) -> bool:
+        """Tell whether the transfer still runs."""
+        return not self._ended.is_set()
 
     def _survive(self, src_cache: Cache | KvCache, *work: Any) -> None:
         try:
             self._transfer(*work)
         except BaseException:
             log.error("%s of %s has ended by an exception", self._OPERATION, src_cache, exc_info=True)
+        finally:
+            self._ended.set()
 
     def _transfer(self, engine: Any, layer_synchronizer: LayerSynchronizer, layers: range) -> None:
         for layer in layers:
@@ -169,7 +186,8 @@ class TransferAsyncThread(threading.Thread):
                     job.parameters(layer).push(engine, self._OPERATION)
                 except LLMException as exc:
                     log.error("layer %d to cluster %d: %s", layer, job.cluster_id, exc)
-                    self._results[job.cluster_id] = exc.status_code
+                    timed_out = exc.status_code == LLMStatusCode.LLM_TIMEOUT
+                    self._results[job.cluster_id] = self._timeout_code if timed_out else exc.status_code
                     return
                 if job.ends_with(layer):
                     self._results[job.cluster_id] = LLMStatusCode.LLM_SUCCESS
@@ -189,8 +207,8 @@ def transfer_cache_async(
 ) -> CacheTask:
     """Check what CacheManager.transfer_cache_async was given, start its thread and return its task.
 
-    The caller has checked the class of src_cache. config_class is what the configs have to be; task_class is a CacheTask
-    that knows the code of a timeout.
+    The caller has checked the class of src_cache. config_class is what the configs have to be; task_class is the CacheTask
+    whose code of a timeout counts, for the task and for its pushes.
     """
     desc = src_cache.cache_desc
     raise_if_true(desc.placement == Placement.HOST, "src_cache should not be Placement.HOST")
@@ -211,7 +229,7 @@ def transfer_cache_async(
         for config in transfer_configs
     ]
     _native.refuse_in_child()  # at once, not as the result of a thread
-    thread = TransferAsyncThread(engine, src_cache, layer_synchronizer, jobs, layers)
+    thread = TransferAsyncThread(engine, src_cache, layer_synchronizer, jobs, layers, task_class._TIMEOUT_CODE)
     thread.start()
     return task_class(thread)
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of pushes share: two linked ends, and what has to have arrived at the one that is pushed to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_datadist import CacheKeyByIdAndIndex, LayerSynchronizer, LLMException, LLMStatusCode
+from peers import End, pattern
+
+SUCCESS = LLMStatusCode.LLM_SUCCESS
+PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
+NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
+NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
+FAILED = LLMStatusCode.LLM_FAILED
+TIMEOUT = LLMStatusCode.LLM_TIMEOUT
+
+THEIRS, OURS = 1, 2  # cluster ids; a push goes from ours to theirs
+SOURCE, TARGET = 1, 50  # numbers of patterns
+
+
+def linked(process: Any, **settings: Any) -> End:
+    """Open both ends and link the one in this process, which is returned, to the other one."""
+    local = End()
+    address = process.open(THEIRS, **settings)
+    local.open(OURS, listen=None, **settings)
+    assert local.link(address, THEIRS) is SUCCESS
+    return local
+
+
+def by_id(cache_id: int, batch: int = 0) -> CacheKeyByIdAndIndex:
+    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
+
+
+def source(number: int, tensor: int, shape: Any) -> np.ndarray:
+    """Return the bytes of a tensor with the pattern of number, a row or block of it at each index."""
+    return pattern(number, tensor, int(np.prod(shape))).reshape(shape[0], -1)
+
+
+def arrived(end: Any, name: str, rows: dict[tuple[int, int], Any]) -> None:
+    """Check a cache: where rows say so ((tensor, row or block) -> its first bytes) it is new, everywhere else as it was."""
+    got = end.content(name)
+    description = end.run("result = end.caches[cache].cache_desc.shape", cache=name)
+    for tensor, content in enumerate(got):
+        wanted = source(TARGET, tensor, (description[0], content.size // description[0])).copy()
+        for (at, row), new in rows.items():
+            if at == tensor:
+                wanted[row, : len(new)] = new
+        assert np.array_equal(content, wanted.reshape(-1)), f"tensor {tensor}"
+
+
+def refused(call: Any, *args: Any, code: LLMStatusCode = PARAM_INVALID, **kwargs: Any) -> LLMException:
+    with pytest.raises(LLMException) as failure:
+        call(*args, **kwargs)
+    assert failure.value.status_code is code, failure.value
+    return failure.value
+
+
+class Ready(LayerSynchronizer):
+    """Every layer is there."""
+
+    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+        return True
