@@ -281,7 +281,7 @@ def test_link_needs_an_engine_in_cache_manager_mode():
     with pytest.raises(RuntimeError):
         new_engine().link(None, None, None)
     engine = new_engine()
-    engine.init({})
+    engine.init({"ge.exec.deviceId": "0"})
     try:
         with pytest.raises(LLMException):
             engine.link(None, None, None)
