@@ -341,8 +341,8 @@ def decode(prefill: Connection, sizes: Sizes) -> None:
             prefill.send((kind, prompt))
             kv = fetch()
             table[way].append(go_on(model, sizes, prompt, kv, began, fetcher.waited))
-    prefill.send(None)
     engine.unlink_clusters([cluster], timeout=5000)
+    prefill.send(None)  # there are no more requests
     engine.finalize()
     good = {way: [a.tokens == b.tokens for a, b in zip(results, wanted)].count(True) for way, results in table.items()}
     show(table, good)

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import threading
 
 import numpy as np
 import pytest
 
-from llm_datadist import BlocksCacheKey, CacheKey, LLMException, LLMRole, LLMStatusCode
-from peers import ADDRESS, ANSWER_SECONDS, Background, End, Peer, desc, memory_at, options, pattern
+from llm_datadist import BlocksCacheKey, CacheKey, LLMException, LLMStatusCode
+from peers import ADDRESS, Background, End, Peer, desc, memory_at, options, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
@@ -147,46 +145,6 @@ def test_memory_is_flat_over_a_thousand_rounds_of_allocate_pull_and_free(local, 
     rounds(range(100, 1100))
     grown = [resident_kib(pid) - was for pid, was in zip(pids, before)]
     assert max(grown) < 16 << 10, grown  # KiB; the rounds move 128 MiB
-
-
-def test_who_finds_the_older_memory_full_goes_on_when_a_peer_has_pulled(local, owner):
-    """local is the prompt, which lets go of its caches and tries until there is room; owner is the decoder, which pulls one."""
-    described = desc([1, 65536], 4)
-    older = {"ge.exec.deviceId": "0", "ge.flowGraphMemMaxSize": str(1 << 20)}
-    address = local.open(OURS, LLMRole.PROMPT, raw={**older, "llm.listenIpInfo": ADDRESS})
-    owner.open(THEIRS, LLMRole.DECODER, raw=older)
-    assert owner.link(address, OURS) is SUCCESS
-
-    def allocate(number):
-        cache = local.engine.kv_cache_manager.allocate_cache(described, [CacheKey(OURS, req_id=number)])
-        memory_at(cache.per_device_tensor_addrs[0][0], 65536)[:] = pattern(number, 0, 65536)
-        local.engine.kv_cache_manager.deallocate_cache(cache)  # lives until its key has been pulled
-
-    full = threading.Event()
-
-    def fill():
-        """Return the number of the first request that had to wait."""
-        for number in itertools.count():
-            try:
-                allocate(number)
-            except LLMException as exe:
-                assert exe.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
-                break
-        while True:
-            try:
-                return allocate(number) or number
-            except LLMException as exe:
-                assert exe.status_code is LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
-                full.set()
-
-    filling = Background(fill)
-    assert full.wait(ANSWER_SECONDS)
-    owner.run(
-        "manager = end.engine.kv_cache_manager; cache = manager.allocate_cache(described); manager.pull_cache(key, cache)",
-        described=described,
-        key=CacheKey(OURS, req_id=0),
-    )
-    assert filling.result() > 1
 
 
 def test_pools_of_tens_of_gib_are_reserved_and_not_committed(local, owner):

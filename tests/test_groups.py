@@ -303,7 +303,7 @@ def test_the_hixl_backend_has_no_groups(local):
 @pytest.mark.parity("manager.remap_registered_memory")
 def test_remap_needs_a_live_link(local, remote, port):
     start(local, OURS, port)
-    refused(local.engine._engine.remap)
+    refused(local.engine._engine.memory_remap)
     start(remote, THEIRS, port)
     for end in (local, remote):
         join(end, OURS, THEIRS)
