@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from llm_datadist import CacheKey, CacheKeyByIdAndIndex, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import CacheKey, CacheKeyByIdAndIndex, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.utils import log
 from peers import ADDRESS, Background, End, Peer, cluster, desc, pattern, wait_until
 
@@ -615,7 +615,9 @@ def test_a_killed_peer_fails_the_calls_in_flight_and_those_after(local, transpor
         give_and_take(peer, 1)
         assert local.link(address, THEIRS) is SUCCESS
         with peer.stopped():
+            idle = _native.held()
             calls = [Background(pull, local, THEIRS) for _ in range(3)]
+            wait_until(lambda: _native.held() == idle + len(calls), "the pulls are under way")
             # a stopped peer is slow, not dead
             assert "cluster 1: linked" in local.ask("explain", THEIRS)
             peer.kill()
