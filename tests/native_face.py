@@ -205,7 +205,18 @@ class Side:
         self.face.set_role(self.object, role, *packed({f"llm.{name}": value for name, value in options.items()}))
 
     def destroy(self) -> None:
-        self.face.destroy(self.object)
+        number, self.object = self.object, 0
+        self.face.destroy(number)
+
+    def close(self) -> None:
+        """Destroy the object, where there is one still, and free all memory."""
+        if self.object:
+            self.destroy()
+        for placement, _, addresses in self.memory.values():
+            for address in addresses:
+                self.free(placement, address)
+        self.memory.clear()
+        self.ids.clear()
 
     def add(self, name: str, number: int, tensors: int, shape: Sequence[int], placement: int = ON_DEVICE) -> int:
         """Register memory that holds the pattern of a number, and return the cache's id."""
@@ -217,7 +228,9 @@ class Side:
         self.ids[name] = self.register(tensors, shape, addresses, placement)
         return self.ids[name]
 
-    def register(self, tensors: int, shape: Sequence[int], addresses: Sequence[int], placement: int = ON_DEVICE, dtype: int = DT_INT8) -> int:
+    def register(
+        self, tensors: int, shape: Sequence[int], addresses: Sequence[int], placement: int = ON_DEVICE, dtype: int = DT_INT8
+    ) -> int:
         description = Description(placement, tensors, dtype, len(shape), (c_int64 * 32)(*shape))
         cache_id = c_int64()
         self.face.register(self.object, byref(description), *words(addresses), byref(cache_id))

@@ -14,7 +14,7 @@
 
 namespace {
 
-std::mutex guard;  // guards all of it
+std::mutex planning;  // guards all of it
 std::condition_variable released;
 std::list<std::pair<std::string, StandinFault>> planned;
 bool environment_read = false;
@@ -45,7 +45,7 @@ bool plan(const char *faults) {
   return true;
 }
 
-// read_environment plans STANDIN_FAULTS once. The caller holds guard.
+// read_environment plans STANDIN_FAULTS once. The caller holds planning.
 void read_environment() {
   if (std::exchange(environment_read, true)) return;
   const char *faults = std::getenv("STANDIN_FAULTS");
@@ -58,13 +58,13 @@ void read_environment() {
 }  // namespace
 
 int standin_plan(const char *faults) {
-  std::lock_guard<std::mutex> lock(guard);
+  std::lock_guard<std::mutex> lock(planning);
   read_environment();
   return plan(faults) ? 0 : -1;
 }
 
 StandinFault standin_take(const char *entry) {
-  std::lock_guard<std::mutex> lock(guard);
+  std::lock_guard<std::mutex> lock(planning);
   read_environment();
   for (auto at = planned.begin(); at != planned.end(); ++at) {
     if (at->first == entry) {
@@ -77,7 +77,7 @@ StandinFault standin_take(const char *entry) {
 }
 
 void standin_wait(int millis) {
-  std::unique_lock<std::mutex> lock(guard);
+  std::unique_lock<std::mutex> lock(planning);
   const uint64_t before = releases;
   waiting++;
   released.wait_for(lock, std::chrono::milliseconds(millis), [&] { return releases != before; });
@@ -85,12 +85,12 @@ void standin_wait(int millis) {
 }
 
 int standin_waiting(void) {
-  std::lock_guard<std::mutex> lock(guard);
+  std::lock_guard<std::mutex> lock(planning);
   return waiting;
 }
 
 void standin_release(void) {
-  std::lock_guard<std::mutex> lock(guard);
+  std::lock_guard<std::mutex> lock(planning);
   releases++;
   released.notify_all();
 }
