@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -422,6 +423,14 @@ bare = lambda: runtime.aclrtMalloc(ctypes.byref(place), ctypes.c_size_t(1), 0)
 result = Background(bare).result() != 0, Background(side.malloc, 1, 1).result() != 0
 """
     assert side.run(bare) == (True, True)
+    side.open(CLIENT)
+    unbound = """
+from peers import Background
+side.plan("aclrtSetDevice=fail:0")  # does nothing, and says that it has
+Background(side.face.unregister, side.object, 1).result()
+"""
+    assert refused(side.run, unbound) == (LIBRARY, FAILED)
+    side.run("from peers import Background; Background(side.face.unregister, side.object, 1).result()")
 
 
 @pytest.mark.parametrize("access", ["ctypes.string_at(address, 1)", "ctypes.memset(address, 1, 1)"])
@@ -647,6 +656,13 @@ def test_links_that_cannot_be_made(pair: Pair) -> None:
     client.unlink(SERVER)
     client.plan(f"link=fail:{ALREADY_LINK}")
     assert refused(client.link, SERVER, port) == (LIBRARY, ALREADY_LINK)
+
+
+def test_listener_that_does_not_answer_is_a_timeout(pair: Pair) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert refused(pair.client.link, SERVER, port, 100) == (LIBRARY, TIMEOUT)
+        assert refused(pair.client.unlink, SERVER, port, 100) == (LIBRARY, TIMEOUT)
 
 
 def test_many_clusters_get_their_own_statuses_and_the_last_failure_is_the_calls(pair: Pair) -> None:
