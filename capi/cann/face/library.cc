@@ -127,7 +127,7 @@ void *find(const Handle &handle, const char *name) {
   void *address = dlsym(handle.get(), name);
   if (address != nullptr) return address;
   throw Refusal{CANN_FACE, CANN_MISSING_SYMBOL,
-                path_of(handle) + ", and what it needs, has no " + name + ": it is of another version or C++ ABI than the one known here (" +
+                path_of(handle) + ", and what it needs, has no " + name + ": it is of another version or C++ ABI than known here (" +
                     kKnownVersion + ")"};
 }
 
