@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package capi is the place for every line of C and cgo that talks to somebody else's native library: one folder a library, each a
-// transport or a device that pyext/backend may put into an engine. This version uses none: host memory and sockets need no library.
+// transport or a device that pyext/backend may put into an engine. This version uses none: host memory and sockets need no library. The C
+// face in cann/face is a shared object of its own, in C++, which nothing here compiles or loads.
 package capi

@@ -16,6 +16,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,13 @@ def ramp(number: int, tensor: int, size: int) -> np.ndarray:
 
 def desc(shape: Any, tensors: int = 1, dtype: DataType = DataType.DT_INT8, placement: Placement = Placement.DEVICE) -> CacheDesc:
     return CacheDesc(tensors, list(shape), dtype, placement)
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def options(listen: str | None = None, one_sided: bool = False, **settings: Any) -> dict[str, str]:

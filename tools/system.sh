@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# Looks for what the machine itself must have: Go, a C compiler, and a Python with venv and its headers.
-# As root on a machine with apt it installs the latter two; otherwise it says what to install and fails.
+# Looks for what the machine itself must have: Go, a C and a C++ compiler, and a Python with venv and its headers.
+# As root on a machine with apt it installs all but Go; otherwise it says what to install and fails.
 set -eu
 PYTHON=${PYTHON:-python3}
 
@@ -34,6 +34,7 @@ esac
 
 compiler=${CC:-cc}
 command -v "${compiler%% *}" >/dev/null || install "a C compiler" gcc libc6-dev binutils
+command -v "${CXX:-g++}" >/dev/null || install "a C++ compiler" g++
 command -v readelf >/dev/null || install readelf binutils
 
 # apt has the system's own Python only; any other is its user's to complete.
