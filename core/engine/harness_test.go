@@ -296,14 +296,19 @@ func (n *node) crash() {
 		require.NotNil(n.w.t, n.host)
 		require.ErrorIs(n.w.t, err, net.ErrClosed, "a dead host's listener is closed already")
 	}
-	n.requireEmpty()
+	n.w.eventually(func() bool { return n.held() == cache.Stats{} }, "callers who were on their way out let go")
 }
 
 func (n *node) requireEmpty() {
 	n.w.t.Helper()
+	require.Zero(n.w.t, n.held())
+}
+
+// held is what the node's table holds.
+func (n *node) held() cache.Stats {
 	stats := n.Stats()
 	stats.Drawn = 0
-	require.Zero(n.w.t, stats)
+	return stats
 }
 
 func (n *node) cluster() Cluster {
