@@ -33,13 +33,18 @@ func (t *Table) HoldTarget(l Lookup, u *Use) error {
 type Uses []*Use
 
 // HoldSpans holds, until Release, the caches in which raw addresses lie that a peer pushes to: each span wholly inside one tensor of one
-// live cache, which one-sided mode also has to allow, else it is status.ParamInvalid and nothing is held.
-func (t *Table) HoldSpans(spans []mem.Span, oneSided bool) (Uses, error) {
+// live cache, which one-sided mode also has to allow, else it is status.ParamInvalid and nothing is held. It ends when ctx ends: each address
+// is looked for in the whole table.
+func (t *Table) HoldSpans(ctx context.Context, spans []mem.Span, oneSided bool) (Uses, error) {
 	var held Uses
 	for _, span := range spans {
 		// Neighbours mostly are tensors of one cache.
 		if n := len(held); n > 0 && held[n-1].entry.contains(span) {
 			continue
+		}
+		if ctx.Err() != nil {
+			held.Release()
+			return nil, context.Cause(ctx)
 		}
 		use, err := t.holdSpan(span, oneSided)
 		if err != nil {

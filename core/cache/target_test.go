@@ -90,7 +90,7 @@ func TestRawAddressesMustLieInsideOneTensorOfALiveCache(t *testing.T) {
 		{"beyond the address space", []mem.Span{span(^uintptr(0)-8, 4)}, false, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			held, err := table.HoldSpans(c.spans, false)
+			held, err := table.HoldSpans(t.Context(), c.spans, false)
 			require.Len(t, held, c.held)
 			require.EqualValues(t, c.held, table.Stats().Uses)
 			if c.good {
@@ -104,12 +104,12 @@ func TestRawAddressesMustLieInsideOneTensorOfALiveCache(t *testing.T) {
 			require.Zero(t, table.Stats().Uses)
 		})
 	}
-	_, err = table.HoldSpans([]mem.Span{span(5000, 10)}, true)
+	_, err = table.HoldSpans(t.Context(), []mem.Span{span(5000, 10)}, true)
 	require.ErrorIs(t, err, status.ParamInvalid)
 	require.Contains(t, err.Error(), "not accessible")
 
 	require.NoError(t, table.Unregister(t.Context(), first.ID))
-	_, err = table.HoldSpans([]mem.Span{span(1000, 100)}, false)
+	_, err = table.HoldSpans(t.Context(), []mem.Span{span(1000, 100)}, false)
 	require.ErrorIs(t, err, status.ParamInvalid, "it is no cache's any more")
 	require.NoError(t, table.Unregister(t.Context(), second.ID))
 }
@@ -127,7 +127,7 @@ func TestTheMostCarefulBackingCounts(t *testing.T) {
 		for _, addr := range addrs {
 			spans = append(spans, mem.Span{Addr: addr, Bytes: 10})
 		}
-		held, err := table.HoldSpans(spans, false)
+		held, err := table.HoldSpans(t.Context(), spans, false)
 		require.NoError(t, err)
 		defer held.Release()
 		return held.Backing()
@@ -164,7 +164,7 @@ func TestWhatIsWrittenForAPeerEndsWithItsDestination(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e, err := table.Register(rows(1, 1, 100), []uintptr{1000}, nil, true)
 				require.NoError(t, err)
-				held, err := table.HoldSpans([]mem.Span{{Addr: 1000, Bytes: 100}}, false)
+				held, err := table.HoldSpans(t.Context(), []mem.Span{{Addr: 1000, Bytes: 100}}, false)
 				require.NoError(t, err)
 				ctx, done := held.Within(t.Context())
 				require.NoError(t, ctx.Err())
@@ -182,7 +182,7 @@ func TestWhatIsWrittenForAPeerEndsWithItsDestination(t *testing.T) {
 		table := newTable(t)
 		e, err := table.Allocate(rows(1, 1, 100), nil)
 		require.NoError(t, err)
-		held, err := table.HoldSpans([]mem.Span{{Addr: e.Addrs[0], Bytes: 100}}, false)
+		held, err := table.HoldSpans(t.Context(), []mem.Span{{Addr: e.Addrs[0], Bytes: 100}}, false)
 		require.NoError(t, err)
 		ctx, done := held.Within(t.Context())
 		require.NoError(t, table.Deallocate(e.ID, false))

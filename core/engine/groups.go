@@ -78,6 +78,7 @@ type group struct {
 	table   *rankTable
 	digest  [32]byte
 	fresh   map[uint64]bool // clusters that were not linked when the preparation began
+	made    map[uint64]bool // those that we have dialed since; guarded by groups.mu
 
 	gathering *link.Gathering // of the preparation at the root
 
@@ -142,7 +143,7 @@ func (e *Engine) groupsEnabled() error {
 
 // newGroup checks what link() was given.
 func (e *Engine) newGroup(name string, members []GroupMember, text string) (*group, error) {
-	g := &group{e: e, name: name, self: -1, fresh: map[uint64]bool{}, done: make(chan struct{}), state: GroupPreparing}
+	g := &group{e: e, name: name, self: -1, fresh: map[uint64]bool{}, made: map[uint64]bool{}, done: make(chan struct{}), state: GroupPreparing}
 	for _, m := range members {
 		g.members = append(g.members, link.Member(m))
 	}
@@ -322,10 +323,11 @@ func (g *group) run() {
 	g.fail(err)
 }
 
-// fail takes back what the preparation has made, and says why, unless it was asked to end.
+// fail takes back the links that we have dialed, and says why, unless it was asked to end. Those that others have dialed are theirs to take
+// back, and a link that was made in another way is nobody's.
 func (g *group) fail(cause error) {
 	g.close()
-	err := g.drop(context.Background(), func(m link.Member) bool { return g.fresh[m.Cluster] })
+	err := g.drop(context.Background(), func(m link.Member) bool { return g.made[m.Cluster] })
 	if context.Cause(g.ctx) != errGroupUnlinked {
 		text := fmt.Sprintf("the group %q failed", g.name)
 		for _, m := range g.others() {
@@ -456,8 +458,13 @@ func (g *group) join(peer link.Attendee, weDial bool) error {
 	}
 	return g.tries(func(ctx context.Context) error {
 		_, err := g.e.links.Dial(ctx, request)
-		if status.CodeOf(err) == status.AlreadyLink {
+		switch {
+		case status.CodeOf(err) == status.AlreadyLink:
 			return nil
+		case err == nil:
+			g.e.groups.mu.Lock()
+			defer g.e.groups.mu.Unlock()
+			g.made[peer.Cluster] = true
 		}
 		return err
 	})

@@ -220,6 +220,20 @@ func TestMissingMemberFailsItsGroupAlone(t *testing.T) {
 	})
 }
 
+// What link_clusters has made meanwhile is no part of the preparation.
+func TestAFailedGroupLeavesLinksOfOthers(t *testing.T) {
+	over(t, []way{overBubble}, func(w *world) {
+		tm := w.team(3, linkTotal(3*time.Second))
+		comm := tm.link(0, "without the others")
+		tm.nodes[1].link(tm.nodes[0])
+		tm.nodes[0].link(tm.nodes[2])
+		requireFailure(tm.nodes[0], comm, "did not announce itself")
+		for _, other := range tm.nodes[1:] {
+			requirePulls(tm.nodes[0], other)
+		}
+	})
+}
+
 func TestMembersThatDisagreeFail(t *testing.T) {
 	over(t, []way{overBubble}, func(w *world) {
 		tm := w.team(2, linkTotal(2*time.Second))

@@ -53,7 +53,7 @@ func (t ownTable) Resolve(ctx context.Context, req *transport.Request) (transpor
 	if err != nil {
 		return transport.Resolved{}, err
 	}
-	r := transport.Resolved{Generation: source.Generation(), Shape: source.Shape(), Batch: source.Batch()}
+	r := transport.Resolved{Generation: source.Generation(), Shape: source.Shape(), Batch: source.Batch(), Whole: source.Whole()}
 	if source.Consumes() {
 		r.Lease = ownLease{source, req.Plan.SrcTensors}
 	} else {

@@ -17,7 +17,7 @@ import (
 func older(o *Options) { o.CacheManager = false }
 
 func TestAKeyMovesTheWholeRowAndOffsetsExactlyWhatTheySay(t *testing.T) {
-	over(t, everyWay, func(w *world) {
+	over(t, alsoBack, func(w *world) {
 		owner, puller := w.pair(older)
 		src := owner.allocate(rows(2, 2, 900), two...).fill(1)
 		dst := puller.register(rows(2, 1, 1000)).fill(2)

@@ -30,8 +30,9 @@ type PushCall struct {
 }
 
 // Push copies a local cache into a peer's, which pulls it. Its deadline is that of ctx; the caller sets it from llm.SyncKvCacheWaitTime.
-// The checks are those of spec §8.9. When it has returned, the peer has confirmed that nothing of it is in flight, but where it is
-// Timeout with the cause "receiver has not confirmed". Unregistering the source ends it.
+// The checks are those of spec §8.9, those of this side first. When it has returned, the peer has confirmed that nothing of it is in
+// flight, save in two cases: Timeout with the cause "receiver has not confirmed", and Failed because the link has died or was unlinked by
+// force, where the peer may copy for a moment yet, until it has seen that too.
 func (e *Engine) Push(ctx context.Context, call *PushCall) error {
 	if ctx.Err() != nil {
 		return status.From(transport.Ended(ctx), status.StageTransfer).At(call.Cluster, "")
@@ -77,9 +78,13 @@ func (e *Engine) checkPush(call *PushCall, source *cache.Entry) error {
 		tensors = source.Shape.Tensors
 	}
 	if raw := call.Addrs != nil || call.Key.Kind == 0; raw && len(call.Addrs) != int(tensors) {
-		return status.Newf(status.ParamInvalid, status.StageCheck, "%d destination addresses for %d source tensors", len(call.Addrs), tensors)
+		return addressCount(len(call.Addrs), tensors)
 	}
 	return nil
+}
+
+func addressCount(addrs int, tensors uint32) error {
+	return status.Newf(status.ParamInvalid, status.StageCheck, "%d destination addresses for %d source tensors", addrs, tensors)
 }
 
 // Receive implements transport.Receiver: it pulls what the peer of this link pushes. The destination is held until nothing of the pull
@@ -90,7 +95,10 @@ func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	case <-ctx.Done():
 		return transport.Ended(ctx)
 	}
-	to, err := o.target(push)
+	if push.Plan.SrcTensors.All { // for the destination to be compared with
+		push.Plan.SrcTensors = plan.Range{Count: push.Shape.Tensors}
+	}
+	to, err := o.target(ctx, push)
 	if err != nil {
 		return err
 	}
@@ -126,12 +134,12 @@ type target struct {
 }
 
 // target resolves and holds what a push is to go to.
-func (o *owner) target(push *transport.Push) (target, error) {
+func (o *owner) target(ctx context.Context, push *transport.Push) (target, error) {
 	if push.Shape.Stride == 0 || push.Shape.Stride > math.MaxInt64 {
 		return target{}, status.Newf(status.ParamInvalid, status.StageCheck, "a source with rows of %d bytes", push.Shape.Stride)
 	}
 	if push.Addrs != nil {
-		return o.rawTarget(push)
+		return o.rawTarget(ctx, push)
 	}
 	lookup, err := lookupOf(push.Key)
 	if err != nil {
@@ -177,7 +185,10 @@ func checkBlockBytes(push *transport.Push, dst plan.Shape) error {
 }
 
 // rawTarget takes each address as one tensor that reaches as far as the push writes.
-func (o *owner) rawTarget(push *transport.Push) (target, error) {
+func (o *owner) rawTarget(ctx context.Context, push *transport.Push) (target, error) {
+	if tensors := push.Plan.SrcTensors.Count; len(push.Addrs) != int(tensors) {
+		return target{}, addressCount(len(push.Addrs), tensors)
+	}
 	shape := plan.Shape{
 		Kind: plan.Contiguous, Tensors: uint32(len(push.Addrs)), TensorBytes: push.Shape.Stride, Stride: push.Shape.Stride, Count: 1,
 	}
@@ -200,6 +211,6 @@ func (o *owner) rawTarget(push *transport.Push) (target, error) {
 		spans = append(spans, mem.Span{Addr: uintptr(addr), Bytes: shape.TensorBytes})
 	}
 	var err error
-	to.Uses, err = o.table.HoldSpans(spans, o.options.OneSided)
+	to.Uses, err = o.table.HoldSpans(ctx, spans, o.options.OneSided)
 	return to, err
 }

@@ -319,6 +319,43 @@ func TestAPushWaitsUntilItsLinkIsWhole(t *testing.T) {
 	})
 }
 
+// What a pusher says of its own side is compared with the destination before anything is held or pulled.
+func TestAPushThatContradictsItselfIsRefused(t *testing.T) {
+	over(t, []way{overFabric}, func(w *world) {
+		pusher, receiver := w.pair()
+		dst := receiver.register(rows(2, 1, 1000)).fill(2)
+		before := dst.content()
+		l, err := receiver.linkTo(pusher.id)
+		require.NoError(w.t, err)
+		end := &owner{Engine: receiver.Engine, attached: make(chan struct{}), session: l.Session()}
+		close(end.attached)
+		address := uint64(dst.addrs[0])
+		for what, change := range map[string]func(*transport.Push){
+			"no tensors":          func(p *transport.Push) { p.Shape.Tensors = 0 },
+			"fewer tensors":       func(p *transport.Push) { p.Shape.Tensors = 1 },
+			"too many addresses":  func(p *transport.Push) { p.Addrs = []uint64{address, address, address} },
+			"an address too many": func(p *transport.Push) { p.Addrs, p.Shape.Tensors = []uint64{address}, 0 },
+		} {
+			push := transport.Push{
+				Key: byID(dst, 0), Source: 1, Generation: 1, Plan: all(),
+				Shape: plan.Shape{Kind: plan.Contiguous, Tensors: 2, TensorBytes: 1000, Stride: 1000, Count: 1},
+			}
+			change(&push)
+			require.Equal(w.t, status.ParamInvalid, status.CodeOf(end.Receive(context.Background(), &push)), what)
+			require.Zero(w.t, receiver.Stats().Uses, what)
+		}
+		dst.requireContent(before)
+
+		gone, cancel := context.WithCancel(context.Background())
+		cancel()
+		push := transport.Push{Addrs: []uint64{address}, Plan: all(), Shape: plan.Shape{
+			Kind: plan.Contiguous, Tensors: 1, TensorBytes: 1000, Stride: 1000, Count: 1,
+		}}
+		require.Error(w.t, end.Receive(gone, &push), "nobody looks through the table for one who is gone")
+		require.Zero(w.t, receiver.Stats().Uses)
+	})
+}
+
 // Twelve goroutines push to each other at once, six in each direction, some of them in layers, and every byte is theirs.
 func TestManyPushesInBothDirectionsAtOnce(t *testing.T) {
 	over(t, everyWay, func(w *world) {

@@ -574,10 +574,19 @@ func (s *Session) failed(h header, body []byte) {
 	if p.id == h.operation {
 		e := refusal(h.a, body)
 		if p.push {
-			e = receiverSays(e)
+			p.answer(receiverSays(e))
+			return
 		}
 		p.told = true
 		p.endLocked(e)
+	}
+}
+
+// answer ends a push with the peer's word, unless it has ended otherwise. The caller holds p.mu.
+func (p *pull) answer(err error) {
+	if !p.ended {
+		p.told = true
+		p.endLocked(err)
 	}
 }
 
@@ -608,8 +617,9 @@ func (s *Session) confirmed(h header) {
 	s.mu.Lock()
 	defer s.mu.Unlock() // it stays this operation's while it is on the table
 	if p := s.pulls[h.operation]; p != nil && p.push {
-		p.told = true
-		p.end(nil)
+		p.mu.Lock()
+		p.answer(nil)
+		p.mu.Unlock()
 	} else if p != nil {
 		select {
 		case p.acked <- status.Code(h.a):

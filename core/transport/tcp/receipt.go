@@ -70,7 +70,7 @@ func (s *Session) admitReceipt(r *receipt) error {
 	return nil
 }
 
-// piecesOf bounds what pulling a push takes: no plan has more segments than that.
+// piecesOf bounds what a push takes: neither its lists nor the plan of its pull, which has as many tensors as the push says, are longer.
 func piecesOf(what *transport.Push) int {
 	tensors := uint64(what.Plan.SrcTensors.Count)
 	if what.Plan.SrcTensors.All {
@@ -80,7 +80,7 @@ func piecesOf(what *transport.Push) int {
 	if over != 0 || pieces > plan.MaxSegments {
 		return plan.MaxSegments
 	}
-	return max(int(pieces), len(what.Plan.SrcBlocks), len(what.Addrs))
+	return max(int(pieces), len(what.Plan.SrcBlocks), len(what.Plan.DstBlocks), len(what.Addrs))
 }
 
 func (r *receipt) run(ctx context.Context, deadline time.Time, what *transport.Push) {

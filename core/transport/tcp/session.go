@@ -70,9 +70,9 @@ type Session struct {
 	spare    []*pull // to use again
 	serves   map[uint64]*serve
 	receipts map[uint64]*receipt
-	segments int      // of all served operations
-	sending  []*serve // operations that still have chunks to claim, in turn
-	idle     []chan struct{}
+	segments int           // of all served operations
+	sending  []*serve      // operations that still have chunks to claim, in turn
+	idle     chan struct{} // closed when nothing is under way; nil: nobody waits
 	buffers  []*mem.Buffer // spare bodies of small frames
 }
 
@@ -176,10 +176,12 @@ func (s *Session) broke(err error) {
 func (s *Session) Idle() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ch := make(chan struct{})
-	s.idle = append(s.idle, ch)
+	if s.idle == nil {
+		s.idle = make(chan struct{})
+	}
+	idle := s.idle
 	s.wakeIdle()
-	return ch
+	return idle
 }
 
 // wakeIdle tells who waits for an idle session. The caller holds mu.
@@ -187,10 +189,10 @@ func (s *Session) wakeIdle() {
 	if len(s.pulls)+len(s.serves)+len(s.receipts) > 0 {
 		return
 	}
-	for _, ch := range s.idle {
-		close(ch)
+	if s.idle != nil {
+		close(s.idle)
+		s.idle = nil
 	}
-	s.idle = nil
 }
 
 // newBuffer makes every buffer of the package; its tests replace it, to see that each is freed.
