@@ -44,6 +44,9 @@ def test_tokens_do_not_depend_on_where_the_kv_cache_was_computed(tmp_path: Path)
 
 FAULTS = {
     "a wrong byte": "common.verify('x', [np.zeros(4)], [np.array([0, 0, 0, 1e-300])])",
+    "another shape": "common.verify('x', [np.zeros(4)], [np.zeros((4, 1))])",
+    "a shape that would be broadcast": "common.verify('x', [np.zeros(1)], [np.zeros(4)])",
+    "another type": "common.verify('x', [np.zeros(4)], [np.zeros(4, np.int64)])",
     "a missing tensor": "common.verify('x', [np.zeros(4)], [np.zeros(4), np.zeros(4)])",
     "an exception": "raise ValueError('boom')",
     "death": "os.kill(os.getpid(), 9)",
