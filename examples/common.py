@@ -140,8 +140,11 @@ def arrays_at(addresses: Sequence[int], desc: CacheDesc) -> list[np.ndarray]:
 
 
 def verify(what: str, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:
-    """Compare every byte of arrays, and print that they agree or end the process."""
+    """Compare shapes, types and every byte of arrays, and print that they agree or end the process."""
+    forms = [[(array.shape, array.dtype) for array in arrays] for arrays in (found, wanted)]
+    if forms[0] != forms[1]:
+        sys.exit(f"{what}: WRONG, {forms[0]} are not {forms[1]}")
     wrong = sum(int(np.count_nonzero(a.view(np.uint8) != b.view(np.uint8))) for a, b in zip(found, wanted))
-    if wrong or len(found) != len(wanted):
+    if wrong:
         sys.exit(f"{what}: WRONG, {wrong} bytes differ")
     print(f"{what}: {sum(array.nbytes for array in wanted):,} bytes verified", flush=True)

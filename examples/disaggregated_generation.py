@@ -2,7 +2,8 @@
 """Disaggregated generation: one process computes the KV cache of a prompt, another one fetches it and generates.
 
 The model is a small transformer of the shape of Llama (RMSNorm, grouped-query attention, rotary positions, SwiGLU) with seeded
-weights. The KV cache moves in four ways, and each must give the tokens that a single process gives:
+weights. The KV cache moves in four ways. With each the decode process must hold the very bytes that the prefill process computed,
+and generate the tokens that a single process generates:
 
 - whole: one contiguous row, with pull_cache;
 - by blocks: the prefill's pages to other pages of a smaller pool, with pull_blocks;
@@ -15,6 +16,7 @@ The time to the first token counts from the request until the decode process has
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import threading
@@ -86,6 +88,10 @@ class KV:
             tensor[self._table].reshape(-1, KV_HEADS, HEAD_DIM)[:count].transpose(1, 0, 2).astype(np.float32)
             for tensor in self._tensors[2 * layer : 2 * layer + 2]
         ]
+
+    def content(self, count: int) -> bytes:
+        """Return the bytes of the first count tokens of all tensors, wherever their pages are."""
+        return b"".join(tensor[self._table].reshape(-1, KV_HEADS, HEAD_DIM)[:count].tobytes() for tensor in self._tensors)
 
 
 class Layer(NamedTuple):
@@ -180,6 +186,10 @@ def pages_of(seed: int, sizes: Sizes, desc: CacheDesc) -> list[int]:
     return [int(page) for page in np.random.default_rng(seed).permutation(desc.shape[0])[: sizes.blocks]]
 
 
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 # --- the prefill process
 
 
@@ -197,28 +207,36 @@ class Progress(LayerSynchronizer):
 
 
 class Worker:
-    """Computes the KV cache of prompts: all tokens but the last, with which decoding begins."""
+    """Computes the KV cache of prompts: all tokens but the last, with which decoding begins.
+
+    Each way returns the digest of what was computed.
+    """
 
     def __init__(self, manager: CacheManager, sizes: Sizes, decode: Connection) -> None:
         self._manager, self._sizes, self._decode = manager, sizes, decode
         self._model = Model(sizes.layers)
         self._paged = manager.allocate_blocks_cache(sizes.pages(spare=24), BlocksCacheKey(PREFILL))
 
-    def whole(self, request: int, prompt: list[int]) -> None:
+    def whole(self, request: int, prompt: list[int]) -> str:
         """Compute into a row that the request's key names."""
         row = self._manager.allocate_cache(self._sizes.row(), [CacheKey(PREFILL, req_id=request)])
         self._decode.send(request)
-        self._compute(prompt, KV(common.arrays_of(row), [0]))
+        kv = KV(common.arrays_of(row), [0])
+        self._compute(prompt, kv)
         self._decode.recv()  # pulled, by which the key was released
+        computed = digest(kv.content(len(prompt) - 1))
         self._manager.deallocate_cache(row)
+        return computed
 
-    def paged(self, request: int, prompt: list[int]) -> None:
+    def paged(self, request: int, prompt: list[int]) -> str:
         """Compute into pages, which the decode process is told."""
         table = pages_of(request, self._sizes, self._paged.cache_desc)
         self._decode.send(table)
-        self._compute(prompt, KV(common.arrays_of(self._paged), table))
+        kv = KV(common.arrays_of(self._paged), table)
+        self._compute(prompt, kv)
+        return digest(kv.content(len(prompt) - 1))
 
-    def pushed(self, request: int, prompt: list[int]) -> None:
+    def pushed(self, request: int, prompt: list[int]) -> str:
         """Compute into pages, and push each layer to where the decode process wants it."""
         desc = self._paged.cache_desc
         table = pages_of(request, self._sizes, desc)
@@ -232,8 +250,10 @@ class Worker:
             dst_block_indices=pages,
             dst_block_memory_size=desc.size // desc.shape[0],
         )
-        self._compute(prompt, KV(common.arrays_of(self._paged), table), progress.finish)
+        kv = KV(common.arrays_of(self._paged), table)
+        self._compute(prompt, kv, progress.finish)
         self._decode.send(task.synchronize())
+        return digest(kv.content(len(prompt) - 1))
 
     def _compute(self, prompt: list[int], kv: KV, finished: Callable[[int], None] = lambda layer: None) -> None:
         def tell(layer: int) -> None:
@@ -249,7 +269,7 @@ def prefill(decode: Connection, sizes: Sizes) -> None:
     worker = Worker(engine.cache_manager, sizes, decode)
     decode.send(engine.listen_address)
     for request, (kind, prompt) in enumerate(iter(decode.recv, None)):
-        getattr(worker, kind)(request, prompt)
+        decode.send(getattr(worker, kind)(request, prompt))
     engine.finalize()
 
 
@@ -315,6 +335,7 @@ class Result(NamedTuple):
 
     first_token: float
     waited: float
+    verified: int  # bytes of KV cache
     tokens: list[int]
 
 
@@ -340,12 +361,15 @@ def decode(prefill: Connection, sizes: Sizes) -> None:
             began = time.perf_counter()
             prefill.send((kind, prompt))
             kv = fetch()
-            table[way].append(go_on(model, sizes, prompt, kv, began, fetcher.waited))
+            verify = partial(verified, way, kv, len(prompt) - 1, prefill.recv)
+            table[way].append(go_on(model, sizes, prompt, kv, began, fetcher.waited, verify))
     engine.unlink_clusters([cluster], timeout=5000)
     prefill.send(None)  # there are no more requests
     engine.finalize()
     good = {way: [a.tokens == b.tokens for a, b in zip(results, wanted)].count(True) for way, results in table.items()}
     show(table, good)
+    for way in ways:
+        print(f"{way}: {sum(result.verified for result in table[way]):,} bytes verified")
     print(f"the first prompt goes on with {' '.join(map(str, wanted[0].tokens[:8]))} ...")
     if set(good.values()) != {REPEATS} or len({tuple(result.tokens) for result in wanted}) != REPEATS:
         sys.exit("the tokens are not those of one process")
@@ -356,15 +380,32 @@ def alone(model: Model, sizes: Sizes, prompt: list[int]) -> Result:
     kv = KV(common.zeros(sizes.row()), [0])
     began = time.perf_counter()
     model.forward(prompt[:-1], 0, kv)
-    return go_on(model, sizes, prompt, kv, began, 0.0)
+    return go_on(model, sizes, prompt, kv, began)
 
 
-def go_on(model: Model, sizes: Sizes, prompt: list[int], kv: KV, began: float, waited: float) -> Result:
-    """Generate after a prompt whose KV cache is there, all but its last token's."""
+def verified(way: str, kv: KV, tokens: int, computed: Callable[[], str]) -> int:
+    """Compare what lies in a KV cache with the digest of what was computed, and return its bytes or end the process."""
+    content = kv.content(tokens)
+    if digest(content) != computed():
+        sys.exit(f"{way}: WRONG, the KV cache is not the one that was computed")
+    return len(content)
+
+
+def go_on(
+    model: Model,
+    sizes: Sizes,
+    prompt: list[int],
+    kv: KV,
+    began: float,
+    waited: float = 0.0,
+    verify: Callable[[], int] = lambda: 0,
+) -> Result:
+    """Generate after a prompt whose KV cache is there, all but its last token's. It is verified when the first token is timed."""
     last = len(prompt) - 1
     tokens = model.generate(prompt[-1], last, kv, 1)
     first = time.perf_counter() - began
-    return Result(first, waited, tokens + model.generate(tokens[0], last + 1, kv, sizes.generate - 1))
+    verified_bytes = verify()  # of the prompt; the first token has written behind it
+    return Result(first, waited, verified_bytes, tokens + model.generate(tokens[0], last + 1, kv, sizes.generate - 1))
 
 
 def show(table: dict[str, list[Result]], good: dict[str, int]) -> None:

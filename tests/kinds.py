@@ -12,13 +12,13 @@ from llm_datadist import (
     BlocksCacheKey,
     CacheKey,
     CacheKeyByIdAndIndex,
-    LayerSynchronizer,
     LLMException,
     LLMStatusCode,
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
 from peers import End, desc, pattern
+from pushes import Ready
 
 SOURCE, TARGET = 1, 50  # numbers of patterns
 TENSORS = 4  # two layers
@@ -103,13 +103,6 @@ def pull_row_into_blocks(local: Any, owner: Any, cluster_id: int, owned: bool) -
         moved[tensor] = {120: given[:40], 0: given[40:80], 40: given[80:]}
     check(local, moved)
     drop(local, owner)
-
-
-class Ready(LayerSynchronizer):
-    """Every layer is there."""
-
-    def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
-        return True
 
 
 def push_each_kind(pusher: End, receiver: Any, cluster_id: int, one_sided: bool = False) -> None:

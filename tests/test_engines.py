@@ -13,10 +13,9 @@ import pytest
 
 import living_host
 from kinds import pull_each_kind, push_each_kind
+from links import become, join, refused_address
 from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, RegisterMemStatus, _native
 from peers import Background, End, Peer, desc, options, pattern, wait_until
-from test_groups import become, join
-from test_links import refused_address
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 FAILED = LLMStatusCode.LLM_FAILED

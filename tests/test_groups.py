@@ -3,24 +3,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 
 import numpy as np
 import pytest
 
+from links import PREPARING, become, join, refused, refused_address, table
 from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.utils import log
 from llm_datadist.v2.llm_types import RegisterMemStatus
 from peers import ADDRESS, End, Peer, desc, pattern, wait_until
-from test_links import refused, refused_address
 
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 NOT_ENABLED = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
-OK, PREPARING, FAILED = RegisterMemStatus.OK, RegisterMemStatus.PREPARING, RegisterMemStatus.FAILED
+OK, FAILED = RegisterMemStatus.OK, RegisterMemStatus.FAILED
 
 pytestmark = pytest.mark.usefixtures("quiet")  # groups fail here, on purpose
 
@@ -55,25 +54,10 @@ def remote(process):
     process.close()
 
 
-def table(count, ip="127.0.0.1"):
-    devices = [{"device_id": "0", "device_ip": ip, "rank_id": str(rank)} for rank in range(count)]
-    servers = [{"server_id": "server", "device": devices}]
-    return json.dumps({"version": "1.0", "status": "completed", "server_count": "1", "server_list": servers})
-
-
 def start(end, cluster_id, port, **settings):
     end.open(cluster_id, listen=None, rendezvous_port=port, **settings)
     end.add("give", desc([1, SIZE]), cluster_id)
     end.add("take", desc([1, SIZE]), 99)
-
-
-def join(end, *clusters, name="group", text=None):
-    return end.ask("link", name, {cluster: rank for rank, cluster in enumerate(clusters)}, text or table(len(clusters)))
-
-
-def become(end, comm_id, wanted):
-    state = wait_until(lambda: (now := end.ask("query_register_mem_status", comm_id)) is not PREPARING and now, "it is prepared")
-    assert state is wanted
 
 
 def pulls(end, source):

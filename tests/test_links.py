@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 
+from links import refused, refused_address
 from llm_datadist import CacheKey, CacheKeyByIdAndIndex, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.utils import log
 from peers import ADDRESS, Background, End, Peer, cluster, desc, pattern, wait_until
@@ -74,20 +75,6 @@ def pulls(end, source, number):
     end.fill("take", 99)
     pull(end, source)
     assert np.array_equal(end.content("take")[0], pattern(number, 0, 64))
-
-
-def refused(call, *args, code=NOT_YET_LINK):
-    with pytest.raises(LLMException) as failure:
-        call(*args)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
-
-
-def refused_address():
-    """An address where nobody listens, kept from others until the socket is closed."""
-    held = socket.socket()
-    held.bind(("127.0.0.1", 0))
-    return held, f"127.0.0.1:{held.getsockname()[1]}"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinds import Ready, pull_each_kind, push_each_kind
+from kinds import pull_each_kind, push_each_kind
 from llm_datadist import (
     CacheKey,
     CacheKeyByIdAndIndex,
@@ -22,6 +22,7 @@ from llm_datadist import (
     TransferWithCacheKeyConfig,
 )
 from peers import End, Peer, cluster, desc, pattern
+from pushes import Ready
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 ALREADY_LINK = LLMStatusCode.LLM_ALREADY_LINK

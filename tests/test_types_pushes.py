@@ -144,12 +144,14 @@ PUSH_CACHE = [
     ({"dst_layer_range": range(3, 3)}, LLMException, "dst_layer_range should not be empty"),
     ({"dst_layer_range": range(6)}, LLMException, "equally long"),
     ({"src_layer_range": range(2)}, LLMException, "equally long"),
+    ({"src_layer_range": range(1 << 70)}, LLMException, "equally long"),
     ({"size": None}, TypeError, "size only support"),
     ({"size": 2**63}, ValueError, "size should be in range"),
     ({"size": 0}, LLMException, "size should be -1"),
     ({"size": 16}, LLMException, "size should be -1"),
     ({"src_layer_range": range(2**31, 2**31 + 5)}, ValueError, "last tensor index of src_layer_range"),
     ({"dst_layer_range": range(2**31, 2**31 + 5)}, ValueError, "last tensor index of dst_layer_range"),
+    ({"src_layer_range": range(1 << 70), "dst_layer_range": range(1 << 70)}, ValueError, "last tensor index of src_layer_range"),
 ]
 PUSH_BLOCKS = [
     ({"options": {}}, LLMException, "enable_remote_cache_accessible"),
@@ -163,7 +165,7 @@ PUSH_BLOCKS = [
     ({"dst_blocks": [2**64]}, TypeError, "dst_blocks elements should be in range"),
     ({"src_cache": ROW}, LLMException, "takes a blocks cache only"),
     ({"dst_blocks": []}, LLMException, "dst_blocks should not be empty"),
-    *PUSH_CACHE[10:24],
+    *PUSH_CACHE[10:25],
 ]
 CALLS = {
     "push_cache": ({"dst_cache_key": BY_ID, "src_cache": ROW}, PUSH_CACHE),

@@ -231,6 +231,24 @@ def test_an_exception_of_the_synchronizer_ends_the_transfer_without_results(rais
     assert any("transfer_cache_async" in line and "no such layer" in line for line in lines)
 
 
+def test_a_synchronizer_can_not_wait_for_its_own_transfer():
+    refusals, tasks, ready = [], [], threading.Event()
+
+    def wait(layer):
+        assert ready.wait(30)
+        for call in (tasks[0].synchronize, tasks[0].get_results, lambda: tasks[0].synchronize(SECONDS)):
+            with pytest.raises(RuntimeError, match="inside its own synchronizer") as refusal:
+                call()
+            refusals.append(refusal.value)
+        assert tasks[0].synchronize(0) is TIMEOUT  # only looks
+        return True
+
+    tasks.append(start(Engine(), [raw(layers=range(1))], synchronizer=Ready(wait)))
+    ready.set()
+    assert tasks[0].get_results(SECONDS) == [OK]
+    assert len(refusals) == 3
+
+
 def test_the_source_is_kept_until_the_end():
     kept, go = threading.Event(), threading.Event()
 

@@ -427,7 +427,7 @@ def test_keys_have_identity_semantics(make):
 # --- transfers
 
 
-@pytest.mark.parametrize("layers", [range(1), range(3, 9)])
+@pytest.mark.parametrize("layers", [range(1), range(3, 9), range(1 << 70)])
 def test_layer_range_is_accepted(layers):
     check_layer_range("r", layers)
 
@@ -443,6 +443,7 @@ def test_layer_range_is_accepted(layers):
         (range(0), LLMException),
         (range(-1, 3), LLMException),
         (range(3, 1), LLMException),
+        (range(0, 1 << 70, 2), LLMException),
     ],
 )
 def test_layer_range_is_refused(layers, error):
@@ -491,6 +492,7 @@ def test_transfer_with_key():
         ((BLOCKS, [0], R1), TypeError),
         ((BLOCKS, R1, R2), LLMException),
         ((BLOCKS, range(0), range(0)), LLMException),
+        ((BY_ID, range(1 << 70), range(1)), LLMException),
         ((BY_ID, R1, R1, -1), ValueError),
         ((BY_ID, R1, R1, None), TypeError),
         ((BLOCKS, R1, R1, 1), LLMException),

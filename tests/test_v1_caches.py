@@ -183,6 +183,8 @@ def test_blocks_are_swapped_out_and_in(manager):
     refused(manager.swap_blocks, device, host, {4: 0})
     refused(manager.swap_blocks, device, host, [], error=TypeError)
     refused(manager.swap_blocks, 1, host, {}, error=TypeError)
+    below = KvCache.create_cpu_cache(desc([3, 8], 2, placement=HOST), [-1, 8])
+    refused(manager.swap_blocks, device, below, {0: 0}, error=TypeError)
 
 
 @pytest.mark.parity("kv_manager.get_cache_tensors", "type.tensor")

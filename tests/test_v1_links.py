@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -13,7 +12,7 @@ import pytest
 
 import llm_datadist
 import llm_datadist_v1
-from llm_datadist import CacheKey, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import CacheKey, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.v2.config import ClusterConfig, EngineConfig
 from older import DECODER, KEY, NOT_YET_LINK, OFFER, PARAM_INVALID, PROMPT, SERVE, SUCCESS, opened, refused, settings, several
 from peers import ADDRESS, Background, Peer, cluster, desc, wait_until
@@ -134,9 +133,10 @@ def test_a_link_in_use_is_busy_at_the_deadline(process, address, decoder, quiet)
     process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
     decoder.link_clusters([good], 5000)
     cache = decoder.kv_cache_manager.allocate_cache(desc([1, 8]))
+    idle = _native.held()
     with process.stopped():
         pull = Background(decoder.kv_cache_manager.pull_cache, KEY, cache)
-        wait_until(lambda: time.monotonic() - pull.began > 0.5, "the pull is under way")
+        wait_until(lambda: _native.held() > idle, "the pull is under way")
         assert decoder.unlink_clusters([good], 200) == (UNLINK_FAILED, [BUSY])
     assert pull.result() is None
     assert decoder.unlink_clusters([good], 10_000) == (SUCCESS, [SUCCESS])
@@ -166,16 +166,18 @@ def test_a_peer_that_does_not_answer_is_a_timeout(process, address, decoder):
 
 
 @pytest.mark.parity("engine.check_link_status")
-@pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 1500}], indirect=True)
+@pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 3000}], indirect=True)
 def test_a_check_waits_until_nothing_is_under_way(process, address, decoder):
     process.run(OFFER, described=desc([2, 8]), keys=[KEY, CacheKey(PROMPT, 2)], number=1)
     decoder.link_clusters([cluster(address, PROMPT)], 5000)
     manager = decoder.kv_cache_manager
     cache = manager.allocate_cache(desc([2, 8]))
+    idle = _native.held()
     with process.stopped():
         first = Background(manager.pull_cache, KEY, cache)
+        wait_until(lambda: _native.held() == idle + 1, "the pull is under way")
         check = Background(decoder.check_link_status, PROMPT)
-        wait_until(lambda: time.monotonic() - check.began > 0.7, "the check is under way")
+        wait_until(lambda: _native.held() == idle + 2, "the check is under way")
         second = Background(manager.pull_cache, CacheKey(PROMPT, 2), cache, 1)
         refused(check.result, code=BUSY)
         for pull in (first, second):
@@ -289,7 +291,8 @@ def test_the_older_package_has_no_other_engine_in_cache_manager_mode():
     engine.init({**settings(), "llm.EnableCacheManager": "1"})
     for call in (lambda: engine.kv_cache_manager, lambda: engine.check_link_status(1), lambda: engine.unlink_clusters([])):
         refused(call)
-    assert engine.link_clusters([], 5000) == (PARAM_INVALID, [])
+    for clusters in ([], [cluster(NOBODY, 5, local=None)]):
+        assert engine.link_clusters(clusters, 5000) == (PARAM_INVALID, [])
     engine.finalize()
 
 
@@ -339,6 +342,9 @@ def test_resources_may_be_given(monkeypatch, tmp_path):
     options = {"ge.exec.deviceId": "7"}
     EngineConfig.gen_cluster_info_if_not_exist(5, LLMRole.MIX, options)
     assert options["ge.resourceConfigPath"] == str(path)
+    given = {"ge.exec.deviceId": "7", "ge.resourceConfigPath": "/given"}
+    EngineConfig.gen_cluster_info_if_not_exist(5, LLMRole.MIX, given)
+    assert given["ge.resourceConfigPath"] == "/given" and "llm.ClusterInfo" in given
     assert EngineConfig.from_engine_options(False, options).cluster_config.rank_id_to_device_id == {0: 7}
     refused(EngineConfig.from_engine_options, False, {"llm.ClusterInfo": options["llm.ClusterInfo"]})
     refused(EngineConfig.from_engine_options, False, {"ge.resourceConfigPath": str(path)})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -490,6 +491,19 @@ def test_a_deallocated_cache_is_not_freed_again_when_it_goes_out_of_scope(solo):
     manager.deallocate_cache(cache)
     del cache
     gc.collect()
+    assert not manager._released.ids
+
+
+def test_a_copy_of_a_cache_object_does_no_harm_to_the_call_that_frees_it(solo):
+    manager = solo(LLMRole.PROMPT)
+    whole = desc([1, 15 << 16])
+    both = [manager.allocate_cache(whole)]
+    both.append(copy.copy(both[0]))
+    both.clear()
+    gc.collect()
+    assert list(manager._released.ids) == [1, 1]
+    kept = manager.allocate_cache(whole)
+    assert kept.cache_id == 2
     assert not manager._released.ids
 
 

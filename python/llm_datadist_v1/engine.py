@@ -17,7 +17,7 @@ from llm_datadist.utils import log
 from llm_datadist.v2.config import parse_cluster_info
 from llm_datadist.v2.llm_datadist import dotted
 
-__all__ = ["Engine", "older_codes"]
+__all__ = ["OLDER_TIMEOUT", "Engine", "older_codes"]
 
 MOST_CLUSTERS = 16  # in one call
 MOST_LINKS = 512
@@ -30,7 +30,7 @@ _LISTEN_IP, _LISTEN_PORT = "llm.ListenIp", "llm.ListenPort"
 _NOT_FOR_THE_ENGINE = ("llm.EnableCacheManager", "llm.LocalCommRes", "llm.TransferBackend", "llm.HostMemPoolConfig")
 
 _SUCCESS = LLMStatusCode.LLM_SUCCESS
-_TIMEOUT = {LLMStatusCode.LLM_TIMEOUT: LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT}
+OLDER_TIMEOUT = {LLMStatusCode.LLM_TIMEOUT: LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT}
 # A peer that does not listen any more, or does not answer, has not been told.
 _UNLINK_CODES = {
     LLMStatusCode.LLM_UNLINK_FAILED: LLMStatusCode.LLM_NOTIFY_PROMPT_UNLINK_FAILED,
@@ -102,7 +102,7 @@ class Engine:
         LLM_WAIT_PROCESS_TIMEOUT where the peer has not answered.
         """
         raise_if_false(self._role == _DECODER, "only a DECODER checks links")
-        with older_codes(_TIMEOUT):
+        with older_codes(OLDER_TIMEOUT):
             self.native.check_link(remote_cluster_id)
         return 0
 
@@ -162,7 +162,7 @@ class Engine:
         places = list(firsts.values())
         results = self.native.link_clusters([_of_first_device(clusters[index]) for index in places], timeout)
         for index, code in zip(places, results):
-            codes[index] = _TIMEOUT.get(code, code)
+            codes[index] = OLDER_TIMEOUT.get(code, code)
         return _overall(codes, LLMStatusCode.LLM_ALREADY_LINK, LLMStatusCode.LLM_LINK_FAILED)
 
     def _unlink(self, clusters: Sequence[dict[str, Any]], timeout: int, force: bool) -> Result:

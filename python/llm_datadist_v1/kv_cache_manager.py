@@ -11,6 +11,7 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Callable
 
 from llm_datadist._blocks import pack_blocks
@@ -25,7 +26,7 @@ from llm_datadist.utils.utils import (
     check_uint32,
     check_uint64,
 )
-from llm_datadist.v2.cache_manager import CacheManager, check_swap, pack_offsets, per_layer_of
+from llm_datadist.v2.cache_manager import CacheManager, check_swap, pack_addrs, pack_offsets, per_layer_of
 from llm_datadist.v2.llm_types import (
     BlocksCacheKey,
     Cache,
@@ -41,7 +42,7 @@ from llm_datadist.v2.llm_utils import is_valid_id
 from llm_datadist.v2.transfer import transfer_cache_async
 
 from .configs import LLMRole
-from .engine import Engine, older_codes
+from .engine import OLDER_TIMEOUT, Engine, older_codes
 from .llm_types import CacheTask
 from .llm_utils import build_npu_tensors
 from .tensor import Tensor
@@ -51,7 +52,6 @@ __all__ = ["KvCacheManager"]
 
 _LAYER_RANGES = ("src_layer_range", "dst_layer_range")
 _NO_MEMORY = {LLMStatusCode.LLM_OUT_OF_MEMORY: LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY}
-_TIMEOUT = {LLMStatusCode.LLM_TIMEOUT: LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT}
 _UNEVEN = {LLMStatusCode.LLM_PARAM_INVALID: LLMStatusCode.LLM_FAILED}
 
 
@@ -93,8 +93,12 @@ class KvCacheManager:
         """Free what went out of scope, and tell whether there was something."""
         count = 0
         while self._released.ids:
-            self._native.deallocate("deallocate_cache", self._released.ids.popleft(), False)
-            count += 1
+            try:
+                self._native.deallocate("deallocate_cache", self._released.ids.popleft(), False)
+                count += 1
+            except LLMException as exc:
+                if exc.status_code != LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:  # a copy of the object has freed it before
+                    raise
         return count > 0
 
     def allocate_cache(self, cache_desc: CacheDesc, cache_keys: Sequence[CacheKey] = ()) -> KvCache:
@@ -241,7 +245,7 @@ class KvCacheManager:
         )
         self._drain()
         local = Cache(cache.cache_id, cache.cache_desc, [], self._caches, False, cache._is_blocks_cache)
-        with older_codes(_TIMEOUT):
+        with older_codes(OLDER_TIMEOUT):
             self._caches._pull(operation, key, local, batch_index, size, per_layer, kwargs, src, dst, offsets)
 
     def copy_cache(
@@ -292,9 +296,11 @@ class KvCacheManager:
         check_isinstance("src", src, KvCache, allow_none=False)
         check_isinstance("dst", dst, KvCache, allow_none=False)
         block_bytes, pairs = check_swap(src.cache_desc, dst.cache_desc, src_to_dst)
-        addrs = [array("Q", [addr for device in each.per_device_tensor_addrs for addr in device]) for each in (src, dst)]
-        raise_if_false(len(addrs[0]) == len(addrs[1]), "the caches have {} and {} addresses", *map(len, addrs))
-        self._native.swap_blocks(addrs[1], addrs[0], block_bytes, pairs)
+        from_addrs, to_addrs = (pack_addrs([*chain.from_iterable(each.per_device_tensor_addrs)]) for each in (src, dst))
+        raise_if_false(
+            len(from_addrs) == len(to_addrs), "the caches have {} and {} addresses", len(from_addrs), len(to_addrs)
+        )
+        self._native.swap_blocks(to_addrs, from_addrs, block_bytes, pairs)
 
     def transfer_cache_async(
         self,

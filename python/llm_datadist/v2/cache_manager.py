@@ -24,7 +24,7 @@ from ..utils.utils import (
     check_uint32,
     check_uint64,
 )
-from .keys import NORMAL_KEY, check_word, engine_key
+from .keys import ALL_TENSORS, NORMAL_KEY, WORD, check_word, engine_key
 from .llm_types import (
     BlocksCacheKey,
     Cache,
@@ -39,6 +39,7 @@ from .llm_types import (
     TransferConfig,
     TransferWithCacheKeyConfig,
     check_layer_range,
+    layer_count,
 )
 from .llm_utils import is_valid_id
 from .transfer import TransferCacheParameters, transfer_cache_async
@@ -46,10 +47,8 @@ from .transfer import TransferCacheParameters, transfer_cache_async
 __all__ = ["CacheManager"]
 
 _CONTIGUOUS, _BLOCKS = 1, 2  # kinds of caches
-_WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's complement
 _DEFAULT_PER_LAYER = 2
 _KEYS = (CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
-_ALL_TENSORS = -1, 0  # the first one, how many
 # What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the offsets, the blocks.
 _pack_ends = struct.Struct("QqQQ5q").pack  # ids are unsigned
 _pack_ends_as_bits = struct.Struct("9Q").pack
@@ -57,7 +56,7 @@ _pack_layers = struct.Struct("5q").pack
 pack_offsets = struct.Struct("3q").pack  # of the source and of the destination in bytes, 1 where they were given
 _pack_two_blocks = struct.Struct("2q").pack
 _NO_OFFSETS = pack_offsets(0, 0, 0)
-_ALL_LAYERS = _pack_layers(*_ALL_TENSORS, *_ALL_TENSORS, _DEFAULT_PER_LAYER)
+_ALL_LAYERS = _pack_layers(*ALL_TENSORS, *ALL_TENSORS, _DEFAULT_PER_LAYER)
 _ORDINARY = _ALL_LAYERS + _NO_OFFSETS
 # Their addresses come back in an array that is made before the pool is asked: 128 MiB, for a pool of 16 GiB at least.
 _MOST_TENSORS = 1 << 24
@@ -167,7 +166,7 @@ class CacheManager:
     def _register(
         self, operation: str, desc: CacheDesc, kind: int, addrs: list[int], keys: array[int], accessible: bool
     ) -> Cache:
-        cache_id = self._engine.register(operation, _pack_desc(desc, kind), _pack_addrs(addrs), keys, accessible)
+        cache_id = self._engine.register(operation, _pack_desc(desc, kind), pack_addrs(addrs), keys, accessible)
         return Cache(cache_id, desc, addrs, self, True, kind == _BLOCKS)
 
     def unregister_cache(self, cache_id: int) -> None:
@@ -320,7 +319,7 @@ class CacheManager:
         try:
             ends = _pack_ends(*numbers)
         except struct.error:  # of a number that a subclass has made up the low 64 bits count
-            ends = _pack_ends_as_bits(*[number & _WORD for number in numbers])
+            ends = _pack_ends_as_bits(*[number & WORD for number in numbers])
         words = array("Q", ends + layers + offsets)
         words.frombytes(src)
         words.frombytes(dst)
@@ -499,7 +498,7 @@ class CacheManager:
         raise_if_false(src_cache.is_blocks_cache, "swap_blocks takes a blocks cache only as src_cache")
         raise_if_false(dst_cache.is_blocks_cache, "swap_blocks takes a blocks cache only as dst_cache")
         block_bytes, pairs = check_swap(src_cache.cache_desc, dst_cache.cache_desc, src_to_dst)
-        src, dst = _pack_addrs(src_cache.tensor_addrs), _pack_addrs(dst_cache.tensor_addrs)
+        src, dst = pack_addrs(src_cache.tensor_addrs), pack_addrs(dst_cache.tensor_addrs)
         raise_if_false(len(src) == len(dst), "the caches have {} and {} addresses", len(src), len(dst))
         self._engine.swap_blocks(dst, src, block_bytes, pairs)
 
@@ -569,18 +568,23 @@ def _pushed_layers(cache: Cache, src: range | None, dst: range | None, per_layer
     check_layer_range("dst_layer_range", dst)
     every = range(cache.cache_desc.num_tensors // per_layer)
     src, dst = src or every, dst or every
-    raise_if_false(len(src) == len(dst), "src_layer_range {} and dst_layer_range {} should be equally long", src, dst)
+    raise_if_false(
+        layer_count(src) == layer_count(dst),
+        "src_layer_range {} and dst_layer_range {} should be equally long",
+        src,
+        dst,
+    )
     return src, dst
 
 
 def _tensors(name: str, layers: range | None, per_layer: int) -> tuple[int, int]:
     """Return the first tensor and the number of tensors of a range of layers; (-1, 0) for all."""
     if layers is None:
-        return -1, 0
+        return ALL_TENSORS
     check_isinstance(name, layers, range)
     raise_if_false(layers.step == 1, "step of {} should be 1, but got {}", name, layers.step)
     if not layers:
-        return -1, 0
+        return ALL_TENSORS
     raise_if_false(layers.start >= 0, "{} should not start below 0, but got {}", name, layers)
     check_uint32(f"last tensor index of {name}", layers.stop * per_layer - 1)
     return layers.start * per_layer, len(layers) * per_layer
@@ -606,7 +610,7 @@ def _pack_blocks_key(key: BlocksCacheKey | None) -> array[int]:
     return array("Q", [] if key is None else [UINT64_MAX, check_word("model_id", key.model_id), 0])
 
 
-def _pack_addrs(addrs: Sequence[int]) -> array[int]:
+def pack_addrs(addrs: Sequence[int]) -> array[int]:
     try:
         return array("Q", addrs)
     except OverflowError:

@@ -62,7 +62,7 @@ class EngineConfig:
 
     @classmethod
     def gen_cluster_info_if_not_exist(cls, cluster_id: int, role: LLMRole, engine_options: dict[str, str]) -> None:
-        """Add llm.ClusterInfo and ge.resourceConfigPath to the options, unless the former is there.
+        """Add llm.ClusterInfo, and ge.resourceConfigPath where there is none, to the options, unless the former is there.
 
         KeyError without ge.exec.deviceId; LLMException for a PROMPT without one llm.listenIpInfo for each device.
         """
@@ -78,6 +78,8 @@ class EngineConfig:
             info["listen_ip_info"] = cls._listen_infos(engine_options, len(devices))
         resources = cls.gen_numa_config(ids, engine_options.get(_DEPLOY_PATH))
         engine_options[CLUSTER_INFO] = json.dumps(info)
+        if _RESOURCE_PATH in engine_options:
+            return
         path = os.environ.get(_RESOURCE_VARIABLE)
         if path is None:
             path = f"/tmp/stub_numa_config_{_ROLE_NAMES[role]}_{'_'.join(devices)}.json"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the engine names what a key stands for: five numbers that cross the boundary."""
+"""How keys and tensors are named in the words that cross to the engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from .llm_types import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 
 RAW_ADDRESSES, NORMAL_KEY, PREFIX_KEY, ID_KEY = 0, 1, 2, 3  # kinds of keys
 NO_KEY = RAW_ADDRESSES, 0, 0, 0, 0
+ALL_TENSORS = -1, 0  # the first one, how many
+WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's complement
 
 
 def engine_key(

@@ -180,7 +180,7 @@ class BaseDataDist:
         self._check_initialized()
         _check_timeout(timeout)
         check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
-        needs_local = self._enable_cache_mgr and not self._engine_options.get(_LOCAL_COMM_RES)
+        needs_local = self._cache_manager is not None and not self._engine_options.get(_LOCAL_COMM_RES)
         for cluster in clusters:
             raise_if_true(needs_local and not cluster.local_ip_info_list, "local_ip_info_list is empty")
             if cluster.remote_cluster_id is not None:

@@ -485,6 +485,11 @@ def check_layer_range(name: str, layer_range: range | None, allow_none: bool = T
     )
 
 
+def layer_count(layers: range) -> int:
+    """Return how many layers a checked range has; len fails for one that no cache could have."""
+    return layers.stop - layers.start
+
+
 class TransferWithCacheKeyConfig:
     """One destination of a layer-wise transfer, named by a key."""
 
@@ -500,7 +505,7 @@ class TransferWithCacheKeyConfig:
         check_layer_range("dst_layer_range", dst_layer_range, allow_none=False)
         assert src_layer_range is not None and dst_layer_range is not None
         raise_if_false(
-            len(src_layer_range) == len(dst_layer_range),
+            layer_count(src_layer_range) == layer_count(dst_layer_range),
             "src_layer_range {} and dst_layer_range {} should be equally long",
             src_layer_range,
             dst_layer_range,

@@ -16,7 +16,7 @@ from .._blocks import ID_BYTES, pack_blocks
 from ..status import LLMException, LLMStatusCode, raise_if_false, raise_if_true
 from ..utils import log
 from ..utils.utils import check_isinstance, check_list_uint64, check_uint64
-from .keys import NO_KEY, engine_key
+from .keys import ALL_TENSORS, NO_KEY, WORD, engine_key
 from .llm_types import (
     BlocksCacheKey,
     Cache,
@@ -26,13 +26,12 @@ from .llm_types import (
     Placement,
     TransferConfig,
     TransferWithCacheKeyConfig,
+    layer_count,
 )
 
 __all__ = ["TransferAsyncThread", "TransferCacheJob", "TransferCacheParameters", "transfer_cache_async"]
 
 _PER_LAYER = 2  # tensors of a layer: fixed for layer-wise transfers
-_ALL_TENSORS = -1, 0  # the first one, how many
-_WORD = (1 << 64) - 1  # bits of a word: a negative number crosses as its two's complement
 
 
 class TransferCacheParameters(NamedTuple):
@@ -54,7 +53,7 @@ class TransferCacheParameters(NamedTuple):
         """Push, for sync_kv_timeout at most. Raises LLMException, named after operation."""
         ends = self.cluster_id, *self.key, self.cache_id, self.src_batch
         layers = *self.src_tensors, *self.dst_tensors, self.per_layer
-        words = array("Q", [number & _WORD for number in (*ends, *layers, self.block_bytes)])
+        words = array("Q", [number & WORD for number in (*ends, *layers, self.block_bytes)])
         words.frombytes(self.src_blocks)
         words.frombytes(self.dst_blocks)
         words.extend(self.addrs)
@@ -91,8 +90,8 @@ class TransferCacheJob:
             key,
             cache_id,
             src_batch,
-            _ALL_TENSORS,
-            _ALL_TENSORS,
+            ALL_TENSORS,
+            ALL_TENSORS,
             block_bytes=block_bytes,
             src_blocks=src_blocks,
             dst_blocks=dst_blocks,
@@ -155,9 +154,12 @@ class TransferAsyncThread(threading.Thread):
     def join(self, timeout: float | None = None) -> None:
         """Wait until the transfer has ended, for timeout seconds at most. LLMException in a forked child, where it never ends.
 
+        RuntimeError for a wait inside its own synchronizer, as Thread.join has it; with timeout 0 it does not wait.
         Thread.join is no place to wait in: up to Python 3.12 it takes a Ctrl-C for the end of the thread.
         """
         _native.refuse_in_child()
+        if timeout != 0 and threading.current_thread() is self:
+            raise RuntimeError("a transfer can not be waited for inside its own synchronizer")
         if self._ended.wait(timeout):
             super().join()
 
@@ -266,7 +268,7 @@ def _check_config(config: TransferConfig | TransferWithCacheKeyConfig, layers: r
     else:
         dst = config.dst_layer_range  # its setter does not look at the other one
         raise_if_false(
-            dst is not None and len(dst) == len(src),
+            dst is not None and layer_count(dst) == layer_count(src),
             "src_layer_range {} and dst_layer_range {} should be equally long",
             src,
             dst,
