@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -178,6 +179,8 @@ def test_a_check_waits_until_nothing_is_under_way(process, address, decoder):
         wait_until(lambda: _native.held() == idle + 1, "the pull is under way")
         check = Background(decoder.check_link_status, PROMPT)
         wait_until(lambda: _native.held() == idle + 2, "the check is under way")
+        later = time.monotonic() + 1
+        wait_until(lambda: time.monotonic() > later, "the second pull will end well after the check")
         second = Background(manager.pull_cache, CacheKey(PROMPT, 2), cache, 1)
         refused(check.result, code=BUSY)
         for pull in (first, second):

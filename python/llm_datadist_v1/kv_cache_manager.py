@@ -92,14 +92,17 @@ class KvCacheManager:
     def _drain(self) -> bool:
         """Free what went out of scope, and tell whether there was something."""
         count = 0
-        while self._released.ids:
+        while True:
             try:
-                self._native.deallocate("deallocate_cache", self._released.ids.popleft(), False)
+                released = self._released.ids.popleft()
+            except IndexError:  # also where another thread has taken the last one
+                return count > 0
+            try:
+                self._native.deallocate("deallocate_cache", released, False)
                 count += 1
             except LLMException as exc:
                 if exc.status_code != LLMStatusCode.LLM_KV_CACHE_NOT_EXIST:  # a copy of the object has freed it before
                     raise
-        return count > 0
 
     def allocate_cache(self, cache_desc: CacheDesc, cache_keys: Sequence[CacheKey] = ()) -> KvCache:
         """Allocate a contiguous cache on each device; on a PROMPT, key i is bound to batch row i.
