@@ -14,7 +14,7 @@ PYTHON_COVERAGE := 95
 CORE_COVERAGE := 85
 
 # A hung Go test ends with the stacks of all goroutines, well before CI gives up.
-GO_TEST_TIMEOUT ?= 300s
+GO_TEST_TIMEOUT ?= 600s
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
