@@ -7,16 +7,63 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
 
-// strangers are the accepted connections that are not part of a link. Guarded by Manager.mu.
+// acceptEach hands each connection that comes in to admit, until ended is closed; whoever closes it closes the listener then. After a
+// failure, which failed may be told of, it tries again in a while.
+func (d Descriptors) acceptEach(ctx context.Context, l net.Listener, ended <-chan struct{}, failed func(error), admit func(*conn)) {
+	for {
+		raw, err := l.Accept()
+		select {
+		case <-ended:
+			if err == nil {
+				_ = raw.Close()
+			}
+			return
+		default:
+		}
+		if err != nil {
+			if failed != nil {
+				failed(err)
+			}
+			pause(ctx, acceptPause)
+			continue
+		}
+		admit(d.own(raw))
+	}
+}
+
+// strangers bounds the accepted connections whose other ends have not been let in anywhere. Guarded by a lock of its owner.
 type strangers struct {
-	silent list.List // of *conn: those that have not said hello, oldest first
+	silent list.List // of *conn: those that have not said anything, oldest first
 	total  int
-	// Strangers can make us log as often as they like: each kind of line comes once in a while.
+}
+
+// enter gives c a place; nil: there is none. When too many are silent the oldest one has to go, and is returned, to be closed without the
+// lock: whoever speaks the protocol says hello at once.
+func (s *strangers) enter(c *conn) (place *list.Element, evicted *conn) {
+	if s.total >= maxHandshakes {
+		return nil, nil
+	}
+	if s.silent.Len() >= maxStrangers {
+		evicted = s.silent.Remove(s.silent.Front()).(*conn)
+	}
+	s.total++
+	return s.silent.PushBack(c), evicted
+}
+
+// spoke says that the one at a place is not silent any more. It does nothing where he was evicted.
+func (s *strangers) spoke(place *list.Element) { s.silent.Remove(place) }
+
+// leave gives a place back.
+func (s *strangers) leave() { s.total-- }
+
+// complaints are the lines that strangers can make us log as often as they like: each kind comes once in a while. Guarded by Manager.mu.
+type complaints struct {
 	turnedAway, otherVersions, refusing quiet
 }
 
@@ -33,44 +80,27 @@ type otherVersion struct{ error }
 func (m *Manager) accept(l *listening) {
 	defer m.tasks.Done()
 	defer close(l.done)
-	for {
-		raw, err := l.Accept()
-		select {
-		case <-l.stopped:
-			if err == nil {
-				_ = raw.Close()
-			}
-			return
-		default:
-		}
-		if err != nil {
-			m.quietly(&m.strangers.refusing, "can not accept a connection", err)
-			pause(m.ctx, acceptPause)
-			continue
-		}
-		m.admit(m.fds.own(raw))
-	}
+	failed := func(err error) { m.quietly(&m.complaints.refusing, "can not accept a connection", err) }
+	m.fds.acceptEach(m.ctx, l, l.stopped, failed, m.admit)
 }
 
-// admit gives c a goroutine and a place among the strangers. When that is full the oldest one has to go: whoever speaks the protocol
-// says hello at once.
+// admit gives c a goroutine and a place among the strangers.
 func (m *Manager) admit(c *conn) {
-	m.mu.Lock()
-	if m.closed || m.strangers.total >= maxHandshakes {
-		m.mu.Unlock()
-		_ = c.Close()
-		return
-	}
+	var place *list.Element
 	var evicted *conn
-	if m.strangers.silent.Len() >= maxStrangers {
-		evicted = m.strangers.silent.Remove(m.strangers.silent.Front()).(*conn)
+	m.mu.Lock()
+	if !m.closed {
+		if place, evicted = m.strangers.enter(c); place != nil {
+			m.tasks.Add(1)
+		}
 	}
-	place := m.strangers.silent.PushBack(c)
-	m.strangers.total++
-	m.tasks.Add(1)
 	m.mu.Unlock()
 	if evicted != nil {
 		_ = evicted.Close()
+	}
+	if place == nil {
+		_ = c.Close()
+		return
 	}
 	go m.serve(c, place)
 }
@@ -80,12 +110,12 @@ func (m *Manager) serve(c *conn, place *list.Element) {
 	defer m.tasks.Done()
 	defer func() {
 		m.mu.Lock()
-		m.strangers.total--
+		m.strangers.leave()
 		m.mu.Unlock()
 	}()
 	pre, h, err := m.meet(c)
 	m.mu.Lock()
-	m.strangers.silent.Remove(place) // does nothing where it was evicted
+	m.strangers.spoke(place)
 	m.mu.Unlock()
 	if err != nil {
 		if m.ctx.Err() == nil {
@@ -157,9 +187,9 @@ func (c *conn) refuse(no refusal) error {
 
 // turnedAway logs that c was closed because of err.
 func (m *Manager) turnedAway(c *conn, err error) {
-	q := &m.strangers.turnedAway
+	q := &m.complaints.turnedAway
 	if other := new(otherVersion); errors.As(err, &other) {
-		q = &m.strangers.otherVersions
+		q = &m.complaints.otherVersions
 	}
 	m.quietly(q, fmt.Sprintf("closed a connection from %s", c.RemoteAddr()), err)
 }

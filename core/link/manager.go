@@ -54,18 +54,19 @@ type Manager struct {
 
 	// mu guards everything below, and the fields of pair, record and Link that say so. It is never held while something is waited
 	// for.
-	mu        sync.Mutex
-	closed    bool
-	listening *listening
-	beside    map[*listening]struct{} // further listeners, see ListenBeside
-	installed chan struct{}           // closed, and replaced, when a link is installed
-	door      Door
-	doorError string
-	pairs     map[Incarnation]*pair
-	records   map[uint64]*record
-	pending   map[Nonce]*pending
-	strangers strangers
-	serial    uint64 // of the link installed last
+	mu         sync.Mutex
+	closed     bool
+	listening  *listening
+	beside     map[*listening]struct{} // further listeners, see ListenBeside
+	installed  chan struct{}           // closed, and replaced, when a link is installed
+	door       Door
+	doorError  string
+	pairs      map[Incarnation]*pair
+	records    map[uint64]*record
+	pending    map[Nonce]*pending
+	strangers  strangers // connections that are not part of a link
+	complaints complaints
+	serial     uint64 // of the link installed last
 }
 
 // pair is what is known of the links between this incarnation and another one. Guarded by Manager.mu, slot aside.

@@ -256,8 +256,7 @@ type hub struct {
 
 	mu         sync.Mutex // guards what follows; never held while something is waited for
 	gatherings []*Gathering
-	silent     list.List // of *conn: those that have not announced anything, oldest first
-	unseated   int       // connections that no gathering has taken
+	unseated   strangers // connections that no gathering has taken
 }
 
 type hubPlace struct {
@@ -318,39 +317,20 @@ func (g *Gathering) leaveHub() {
 }
 
 func (h *hub) accept() {
-	for {
-		raw, err := h.listener.Accept()
-		if h.ctx.Err() != nil {
-			if err == nil {
-				_ = raw.Close()
-			}
-			return
-		}
-		if err != nil {
-			pause(h.ctx, acceptPause)
-			continue
-		}
-		h.admit(h.fds.own(raw))
-	}
+	h.fds.acceptEach(h.ctx, h.listener, h.ctx.Done(), nil, h.admit)
 }
 
 // admit gives c a goroutine, within the bounds that hold for the strangers of an engine's own listener.
 func (h *hub) admit(c *conn) {
 	h.mu.Lock()
-	if h.unseated >= maxHandshakes {
-		h.mu.Unlock()
-		_ = c.Close()
-		return
-	}
-	var evicted *conn
-	if h.silent.Len() >= maxStrangers {
-		evicted = h.silent.Remove(h.silent.Front()).(*conn)
-	}
-	element := h.silent.PushBack(c)
-	h.unseated++
+	element, evicted := h.unseated.enter(c)
 	h.mu.Unlock()
 	if evicted != nil {
 		_ = evicted.Close()
+	}
+	if element == nil {
+		_ = c.Close()
+		return
 	}
 	h.tasks.Go(func() {
 		defer func() { _ = c.Close() }()
@@ -365,12 +345,12 @@ func (h *hub) admit(c *conn) {
 func (h *hub) receive(c *conn, element *list.Element) (*Gathering, int) {
 	defer func() {
 		h.mu.Lock()
-		h.unseated--
+		h.unseated.leave()
 		h.mu.Unlock()
 	}()
 	said, err := h.hear(c)
 	h.mu.Lock()
-	h.silent.Remove(element) // does nothing where it was evicted
+	h.unseated.spoke(element)
 	h.mu.Unlock()
 	if err != nil {
 		return nil, 0

@@ -19,6 +19,9 @@ import (
 // duo is a meeting of the clusters 1, the root, and 2.
 var duo = Meeting{Name: "duo", Digest: [32]byte{7}, Members: []Member{{Cluster: 1}, {Cluster: 2, Rank: 1}}}
 
+// trio is duo with cluster 3 as a third member.
+var trio = Meeting{Name: duo.Name, Digest: duo.Digest, Members: append([]Member{{Cluster: 3, Rank: 2}}, duo.Members...)}
+
 const somewhere = "127.0.0.1:1" // an address that nobody dials here
 
 var (
@@ -119,7 +122,6 @@ func TestSilentStrangersAtARendezvousAddressAreBounded(t *testing.T) {
 func TestMemberThatTalksOutOfTurnLosesItsPlace(t *testing.T) {
 	check(t)
 	root, member := newNode(t, 1), newNode(t, 2)
-	trio := Meeting{Name: duo.Name, Digest: duo.Digest, Members: append([]Member{{Cluster: 3, Rank: 2}}, duo.Members...)}
 	g, err := root.Gather("127.0.0.1:0", trio, rootOfDuo)
 	require.NoError(t, err)
 	address := g.hub.listener.Addr().String()
@@ -160,7 +162,6 @@ func TestGatheringsOfOneNetworkShareAListener(t *testing.T) {
 func TestMemberHearsThatTheRootHasGivenUp(t *testing.T) {
 	check(t)
 	root, member := newNode(t, 1), newNode(t, 2)
-	trio := Meeting{Name: duo.Name, Digest: duo.Digest, Members: append([]Member{{Cluster: 3, Rank: 2}}, duo.Members...)}
 	g, err := root.Gather("127.0.0.1:0", trio, rootOfDuo)
 	require.NoError(t, err)
 	heard := make(chan error, 1)

@@ -150,20 +150,7 @@ func (d *unixDoor) Close() error {
 
 func (d *unixDoor) answer() {
 	defer d.tasks.Done()
-	for {
-		raw, err := d.listener.Accept()
-		if d.ctx.Err() != nil {
-			if err == nil {
-				_ = raw.Close()
-			}
-			return
-		}
-		if err != nil {
-			pause(d.ctx, acceptPause)
-			continue
-		}
-		d.admit(d.fds.own(raw))
-	}
+	d.fds.acceptEach(d.ctx, d.listener, d.ctx.Done(), nil, d.admit)
 }
 
 func (d *unixDoor) admit(c *conn) {

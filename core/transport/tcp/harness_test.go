@@ -474,6 +474,16 @@ type rawPeer struct {
 
 const rawBytes = maxFrame + 4096
 
+// newStranger makes a session and, at the other end of its one connection, a peer that says what it likes.
+func newStranger(t testing.TB, seed uint64) (*rawPeer, *owner, *Session, chan error) {
+	l := &link{net: fabric.New(seed)}
+	l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
+	a, b := fabricConns(t, l, 1)
+	raw, o := newRaw(t, a[0]), newOwner(t)
+	s, broken := newSession(t, b, o)
+	return raw, o, s, broken
+}
+
 func newRaw(t testing.TB, conn transport.Conn) *rawPeer {
 	b, err := mem.NewBuffer(rawBytes)
 	require.NoError(t, err)

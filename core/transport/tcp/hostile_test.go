@@ -14,7 +14,6 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
-	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
 )
 
 // entryFrame is a good entry for a pull of one row.
@@ -138,11 +137,7 @@ func TestGarbageNeverDoesMoreThanBreakTheSession(t *testing.T) {
 	check(t)
 	for seed := range uint64(200) {
 		r := rand.New(rand.NewPCG(seed, 4))
-		l := &link{net: fabric.New(seed)}
-		l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-		a, b := fabricConns(t, l, 1)
-		raw, o := newRaw(t, b[0]), newOwner(t)
-		s, broken := newSession(t, a, o)
+		raw, o, s, broken := newStranger(t, seed)
 		o.offer(1, &offer{cache: newCache(t, plan.Contiguous, 1, 1, 1000), consumes: seed%2 == 0})
 		var junk []byte
 		for range 30 {
@@ -162,11 +157,7 @@ func TestGarbageNeverDoesMoreThanBreakTheSession(t *testing.T) {
 
 func TestAPeerHasABoundedNumberOfOperations(t *testing.T) {
 	check(t)
-	l := &link{net: fabric.New(1)}
-	l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-	a, b := fabricConns(t, l, 1)
-	raw, o := newRaw(t, a[0]), newOwner(t)
-	s, _ := newSession(t, b, o)
+	raw, o, s, _ := newStranger(t, 1)
 	c := newCache(t, plan.Contiguous, 1, 1, 10)
 	o.offer(1, &offer{cache: c, consumes: true})
 	for id := range uint64(maxOperations) {
@@ -185,11 +176,7 @@ func TestAPeerHasABoundedNumberOfOperations(t *testing.T) {
 
 func TestAPeersPlansAreBoundedTogether(t *testing.T) {
 	check(t)
-	l := &link{net: fabric.New(1)}
-	l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-	a, b := fabricConns(t, l, 1)
-	raw, o := newRaw(t, a[0]), newOwner(t)
-	s, _ := newSession(t, b, o)
+	raw, o, s, _ := newStranger(t, 1)
 	c := newCache(t, plan.Blocks, 1, 10, 10)
 	o.offer(1, &offer{cache: c})
 	s.mu.Lock()
@@ -210,11 +197,7 @@ func TestAPeersPlansAreBoundedTogether(t *testing.T) {
 
 func TestAPeerThatAsksWithoutReadingIsCutOff(t *testing.T) {
 	check(t)
-	l := &link{net: fabric.New(1)}
-	l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-	a, b := fabricConns(t, l, 1)
-	raw := newRaw(t, a[0])
-	s, broken := newSession(t, b, newOwner(t))
+	raw, _, s, broken := newStranger(t, 1)
 	c := newCache(t, plan.Contiguous, 1, 1, 10)
 	for id := range uint64(4 * maxAnswers) {
 		raw.request(id, 0, time.Hour, rows(1, c))

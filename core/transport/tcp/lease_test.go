@@ -110,11 +110,7 @@ func TestCancelledConsumingPullReleasesNothing(t *testing.T) {
 
 // lease makes a raw initiator on the fabric that has asked for a key and seen what it resolved to.
 func lease(t *testing.T, bytes uint64, deadline time.Duration, flags uint8) (*Session, *rawPeer, *source) {
-	l := &link{net: fabric.New(1)}
-	l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-	a, b := fabricConns(t, l, 1)
-	raw, o := newRaw(t, a[0]), newOwner(t)
-	s, _ := newSession(t, b, o)
+	raw, o, s, _ := newStranger(t, 1)
 	c := newCache(t, plan.Contiguous, 1, 1, bytes)
 	o.offer(1, &offer{cache: c, consumes: true})
 	raw.request(1, flags, deadline, rows(1, c))

@@ -293,11 +293,7 @@ func TestCloseWaitsForWhatIsReceived(t *testing.T) {
 
 func TestAPeerHasABoundedNumberOfPushes(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l := &link{net: fabric.New(1)}
-		l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-		a, b := fabricConns(t, l, 1)
-		raw, o := newRaw(t, a[0]), newOwner(t)
-		s, _ := newSession(t, b, o)
+		raw, o, s, _ := newStranger(t, 1)
 		o.takes(untilTheEnd)
 		for id := range uint64(maxOperations) {
 			raw.push(id, time.Hour, fullPush())
@@ -320,11 +316,7 @@ func TestAPeerHasABoundedNumberOfPushes(t *testing.T) {
 
 func TestAPeersPushesAreBoundedByWhatPullingThemTakes(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		l := &link{net: fabric.New(1)}
-		l.hosts = [2]*fabric.Host{l.net.Host("a"), l.net.Host("b")}
-		a, b := fabricConns(t, l, 1)
-		raw, o := newRaw(t, a[0]), newOwner(t)
-		s, _ := newSession(t, b, o)
+		raw, o, s, _ := newStranger(t, 1)
 		o.takes(untilTheEnd)
 		vast := fullPush()
 		vast.Plan.SrcTensors, vast.Shape.Tensors = plan.Range{All: true}, 1<<32-1
