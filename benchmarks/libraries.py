@@ -58,7 +58,7 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    library: str
+    name: str
     workload: str
     unit: str  # of the figures: GB/s or us
     then: float

@@ -173,9 +173,9 @@ def _compared(results: Results) -> list[libraries.Comparison]:
 def _libraries(compared: list[libraries.Comparison]) -> Table:
     workloads = sorted({row.workload for row in compared})
     units = {row.workload: row.unit for row in compared}
-    cells = {(row.library, row.workload): row for row in compared}
+    cells = {(row.name, row.workload): row for row in compared}
     rows = []
-    for name in dict.fromkeys(row.library for row in compared):
+    for name in dict.fromkeys(row.name for row in compared):
         found = [cells.get((name, workload)) for workload in workloads]
         rows.append([name, *(_verdict(row) if row else "-" for row in found)])
     note = (

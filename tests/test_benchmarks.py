@@ -99,7 +99,7 @@ def test_figures_of_other_libraries_are_scaled_by_the_same_reference() -> None:
     then = size / 17.2e3  # microseconds of nt2 in the table
     now = {"nt2": {"W1": 2 * then, "W2": 286.0}}  # half as fast now
     ours = {"shm-pool W1": then, "shm-pool W2": 1350.0}
-    compared = {(row.library, row.workload): row for row in compare(ours, now, {"W1": size})}
+    compared = {(row.name, row.workload): row for row in compare(ours, now, {"W1": size})}
     large, small = compared["NIXL 2026-08 over UCX, one host", "W1"], compared["NIXL 2026-08 over UCX, one host", "W2"]
     assert (large.scaled, large.ours) == pytest.approx((1.65, 17.2))
     assert large.ahead

@@ -23,6 +23,7 @@ from array import array
 from collections import deque
 from typing import Any, Callable, ClassVar
 
+from . import _options
 from .status import LLMException, LLMStatusCode, code_2_status
 from .utils import log
 
@@ -366,7 +367,7 @@ class Engine:
         self._native = native
         self._handle = handle
         with _engines_lock:
-            _engines[handle] = options.get("open.MultipleEngines") == "1"
+            _engines[handle] = options.get(_options.MULTIPLE_ENGINES) == "1"
         self._open = True
         self._pull = native.pyext_PullStart
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Callable, Generic, Optional, TypeVar, Union, overload
 
+from . import _options
 from .status import raise_if_false
 from .utils.utils import (
     UINT32_MAX,
@@ -278,27 +279,27 @@ class BaseConfig:
     ge_options = _EntriesOption("*", _check_ge_options)  # first: what follows overwrites its entries
     device_id = _DeviceOption("ge.exec.deviceId", _check_device_id)
     sync_kv_timeout: Option[int | str | None] = Option("llm.SyncKvCacheWaitTime", _check_sync_kv_timeout)
-    deploy_res_path = _string("llm.deployResPath")
-    cluster_info: Option[str] = Option("llm.ClusterInfo", _check_cluster_info, initial="", emits=bool)
-    mem_utilization: Option[float] = Option("llm.MemoryUtilization", _in_range(float, 0.0, 1.0), initial=0.95)
-    buf_pool_cfg = _string("llm.BufPoolCfg")
-    mem_pool_cfg = _string("llm.MemPoolConfig")
-    host_mem_pool_cfg = _string("llm.HostMemPoolConfig")
-    listen_ip_info = _string("llm.listenIpInfo")
+    deploy_res_path = _string(_options.DEPLOY_PATH)
+    cluster_info: Option[str] = Option(_options.CLUSTER_INFO, _check_cluster_info, initial="", emits=bool)
+    mem_utilization: Option[float] = Option(_options.UTILIZATION, _in_range(float, 0.0, 1.0), initial=0.95)
+    buf_pool_cfg = _string(_options.BUFFERS)
+    mem_pool_cfg = _string(_options.DEVICE_POOL)
+    host_mem_pool_cfg = _string(_options.HOST_POOL)
+    listen_ip_info = _string(_options.LISTEN_INFO)
     enable_switch_role: Option[bool] = Option(
-        "llm.EnableSwitchRole", _of(bool), initial=False, emits=bool, text=_flag_text
+        _options.SWITCH_ROLE, _of(bool), initial=False, emits=bool, text=_flag_text
     )
-    enable_cache_manager = _flag_once_set("llm.EnableCacheManager")
-    enable_remote_cache_accessible = _flag_once_set("llm.EnableRemoteCacheAccessible")
+    enable_cache_manager = _flag_once_set(_options.CACHE_MANAGER)
+    enable_remote_cache_accessible = _flag_once_set(_options.ONE_SIDED)
     rdma_traffic_class = _uint32("llm.RdmaTrafficClass")
     rdma_service_level = _uint32("llm.RdmaServiceLevel")
-    local_comm_res = _string_once_set("llm.LocalCommRes")
+    local_comm_res = _string_once_set(_options.LOCAL_COMM_RES)
 
     # This implementation's own. None leaves the choice to the environment or the default.
     device = _open_string("open.Device")
     transport = _open_string("open.Transport")
     fabric = _open_string("open.Fabric")
-    multiple_engines = _open_flag("open.MultipleEngines")
+    multiple_engines = _open_flag(_options.MULTIPLE_ENGINES)
     rendezvous_port = _open_number("open.RendezvousPort")
     copy_threads = _open_number("open.CopyThreads")
     tcp_connections = _open_number("open.TcpConnections")
@@ -348,7 +349,7 @@ class LlmConfig(BaseConfig):
     output_max_size: Option[int | None] = output_max_size()
     link_total_time: Option[int] = Option("llm.LinkTotalTime", _in_range(int, 0, UINT32_MAX), unset=0)
     link_retry_count: Option[int] = Option("llm.LinkRetryCount", _in_range(int, 1, 100), unset=1)
-    transfer_backend = _string_once_set("llm.TransferBackend")
+    transfer_backend = _string_once_set(_options.BACKEND)
     global_resource_config = _string_once_set("llm.GlobalResourceConfig")
 
 

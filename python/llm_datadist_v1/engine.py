@@ -11,23 +11,19 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
-from llm_datadist import _native
+from llm_datadist import _native, _options
 from llm_datadist.status import LLMException, LLMStatusCode, raise_if_false, raise_if_true
 from llm_datadist.utils import log
 from llm_datadist.v2.config import parse_cluster_info
 from llm_datadist.v2.llm_datadist import dotted
 
-__all__ = ["OLDER_TIMEOUT", "Engine", "older_codes"]
+__all__ = ["OLDER_TIMEOUT", "Engine", "older_codes", "utilization"]
 
 MOST_CLUSTERS = 16  # in one call
 MOST_LINKS = 512
 _PROMPT, _DECODER = "Prompt", "Decoder"
-_ROLE = "llm.Role"
-_GRAPH_MEMORY = "ge.flowGraphMemMaxSize"
-_UTILIZATION = "llm.MemoryUtilization"
-_LISTEN_IP, _LISTEN_PORT = "llm.ListenIp", "llm.ListenPort"
 # What the engine of llm_datadist would take for its own modes.
-_NOT_FOR_THE_ENGINE = ("llm.EnableCacheManager", "llm.LocalCommRes", "llm.TransferBackend", "llm.HostMemPoolConfig")
+_NOT_FOR_THE_ENGINE = (_options.CACHE_MANAGER, _options.LOCAL_COMM_RES, _options.BACKEND, _options.HOST_POOL)
 
 _SUCCESS = LLMStatusCode.LLM_SUCCESS
 OLDER_TIMEOUT = {LLMStatusCode.LLM_TIMEOUT: LLMStatusCode.LLM_WAIT_PROCESS_TIMEOUT}
@@ -58,8 +54,8 @@ class Engine:
         """Start the engine. options has llm.ClusterInfo, which says how many devices there are and where to listen."""
         info = parse_cluster_info(options)
         self.devices = max(1, len(info.get("logic_device_id", ())))
-        self._role = options[_ROLE]
-        self._may_switch = options.get("llm.EnableSwitchRole") == "1"
+        self._role = options[_options.ROLE]
+        self._may_switch = options.get(_options.SWITCH_ROLE) == "1"
         self.native = _native.Engine(cluster_id, _native_options(options, info, self.devices))
         return 0
 
@@ -90,7 +86,7 @@ class Engine:
         )
         address = ""
         if role == _PROMPT:
-            address = f"{dotted(int(options[_LISTEN_IP]))}:{options[_LISTEN_PORT]}"
+            address = f"{dotted(int(options[_options.LISTEN_IP]))}:{options[_options.LISTEN_PORT]}"
         self.native.switch_role(address)
         self._role = role
         return 0
@@ -200,19 +196,24 @@ def _of_first_device(cluster: dict[str, Any]) -> dict[str, Any]:
 def _native_options(options: dict[str, str], info: dict[str, Any], devices: int) -> dict[str, str]:
     """Return the options of the engine below: the memory budget as its pool, the first listen address."""
     out = {key: value for key, value in options.items() if key not in _NOT_FOR_THE_ENGINE}
-    budget = int(_budget(options, devices) * float(options.get(_UTILIZATION, "0.95")))
-    out["llm.MemPoolConfig"] = json.dumps({"memory_size": budget})
-    _check_buffers(options.get("llm.BufPoolCfg", ""))
+    budget = int(_budget(options, devices) * utilization(options))
+    out[_options.DEVICE_POOL] = json.dumps({"memory_size": budget})
+    _check_buffers(options.get(_options.BUFFERS, ""))
     for listen in info.get("listen_ip_info", ())[:1]:
         raise_if_false({"ip", "port"} <= set(listen), "listen_ip_info needs ip and port, but got {}", listen)
-        out[_LISTEN_IP], out[_LISTEN_PORT] = dotted(listen["ip"]), str(listen["port"])
+        out[_options.LISTEN_IP], out[_options.LISTEN_PORT] = dotted(listen["ip"]), str(listen["port"])
     return out
+
+
+def utilization(options: dict[str, str]) -> float:
+    """Return the part of the memory budget that is used. ValueError where it is no number."""
+    return float(options.get(_options.UTILIZATION, "0.95"))
 
 
 def _budget(options: dict[str, str], devices: int) -> int:
     """Bytes for KV cache: half of the machine's memory where nothing is said; reserved, not committed."""
-    if _GRAPH_MEMORY in options:
-        return int(options[_GRAPH_MEMORY]) * devices
+    if _options.GRAPH_MEMORY in options:
+        return int(options[_options.GRAPH_MEMORY]) * devices
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Callable
 
+from llm_datadist import _options
 from llm_datadist._blocks import pack_blocks
 from llm_datadist.status import LLMException, LLMStatusCode, raise_if_false, raise_if_true
 from llm_datadist.utils.utils import (
@@ -78,7 +79,7 @@ class KvCacheManager:
         self._llm_engine = llm_engine
         self._role = role
         self._native = llm_engine.native
-        self._caches = CacheManager(self._native, {"llm.MemPoolConfig": "the budget"})
+        self._caches = CacheManager(self._native, {_options.DEVICE_POOL: "the budget"})
         self._released = _Released(self)
         self._initialized = True
 

@@ -8,9 +8,9 @@ import atexit
 from llm_datadist.utils.utils import check_isinstance
 from llm_datadist.v2.llm_datadist import BaseDataDist, shut_down
 
-__all__ = ["LLMDataDist"]
+from .engine import utilization
 
-_UTILIZATION = "llm.MemoryUtilization"
+__all__ = ["LLMDataDist"]
 
 
 class LLMDataDist(BaseDataDist):
@@ -27,7 +27,7 @@ class LLMDataDist(BaseDataDist):
 
     @staticmethod
     def _options_of_its_own(options: dict[str, str]) -> dict[str, str]:
-        float(options.get(_UTILIZATION, "0.95"))  # ValueError before anything is changed
+        utilization(options)  # ValueError before anything is changed
         return options
 
     @staticmethod

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from .. import _options
 from .._blocks import ID_BYTES, pack_blocks
 from ..llm_datadist_wrapper import calc_tensor_size
 from ..status import LLMStatusCode, raise_if_false, raise_if_true
@@ -67,9 +68,9 @@ class CacheManager:
 
     def __init__(self, llm_datadist: Any, options: dict[str, str]) -> None:
         self._engine = llm_datadist
-        self._enable_mem_pool = bool(options.get("llm.MemPoolConfig"))
-        self._enable_host_mem_pool = bool(options.get("llm.HostMemPoolConfig"))
-        self._enable_remote_cache_accessible = options.get("llm.EnableRemoteCacheAccessible") == "1"
+        self._enable_mem_pool = bool(options.get(_options.DEVICE_POOL))
+        self._enable_host_mem_pool = bool(options.get(_options.HOST_POOL))
+        self._enable_remote_cache_accessible = options.get(_options.ONE_SIDED) == "1"
         self._is_call_linked = False
         self._initialized = True
 

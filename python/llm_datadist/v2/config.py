@@ -12,6 +12,7 @@ import os
 import tempfile
 from typing import Any
 
+from .. import _options
 from ..configs import LLMRole, trans_str_ip
 from ..status import raise_if_false
 from ..utils import log
@@ -19,12 +20,9 @@ from .llm_utils import parse_listen_ip_info
 
 __all__ = ["ClusterConfig", "EngineConfig"]
 
-CLUSTER_INFO = "llm.ClusterInfo"
 _DEVICE_ID = "ge.exec.deviceId"
 _RANK_ID = "ge.exec.rankId"
 _RESOURCE_PATH = "ge.resourceConfigPath"
-_LISTEN_INFO = "llm.listenIpInfo"
-_DEPLOY_PATH = "llm.deployResPath"
 _RESOURCE_VARIABLE = "RESOURCE_CONFIG_PATH"
 _ROLE_NAMES = {LLMRole.PROMPT: "prompt", LLMRole.DECODER: "decoder", LLMRole.MIX: "mix"}
 
@@ -33,7 +31,7 @@ class ClusterConfig:
     """The devices of a process."""
 
     def __init__(self, rank_id_to_device_id: dict[int, int]) -> None:
-        raise_if_false(rank_id_to_device_id, "no rank has a device: {} and the resource file do not fit", CLUSTER_INFO)
+        raise_if_false(rank_id_to_device_id, "no rank has a device: {} and the resource file do not fit", _options.CLUSTER_INFO)
         self.rank_id_to_device_id = rank_id_to_device_id
 
 
@@ -49,7 +47,7 @@ class EngineConfig:
 
         is_prompt changes nothing: the devices are those of either role.
         """
-        for key in (CLUSTER_INFO, _RESOURCE_PATH):
+        for key in (_options.CLUSTER_INFO, _RESOURCE_PATH):
             raise_if_false(key in engine_options, "option {} is required", key)
         info = parse_cluster_info(engine_options)
         with open(engine_options[_RESOURCE_PATH], encoding="utf-8") as file:
@@ -66,7 +64,7 @@ class EngineConfig:
 
         KeyError without ge.exec.deviceId; LLMException for a PROMPT without one llm.listenIpInfo for each device.
         """
-        if CLUSTER_INFO in engine_options:
+        if _options.CLUSTER_INFO in engine_options:
             return
         ids = engine_options[_DEVICE_ID]
         devices = ids.split(";")
@@ -76,8 +74,8 @@ class EngineConfig:
         }
         if role == LLMRole.PROMPT:
             info["listen_ip_info"] = cls._listen_infos(engine_options, len(devices))
-        resources = cls.gen_numa_config(ids, engine_options.get(_DEPLOY_PATH))
-        engine_options[CLUSTER_INFO] = json.dumps(info)
+        resources = cls.gen_numa_config(ids, engine_options.get(_options.DEPLOY_PATH))
+        engine_options[_options.CLUSTER_INFO] = json.dumps(info)
         if _RESOURCE_PATH in engine_options:
             return
         path = os.environ.get(_RESOURCE_VARIABLE)
@@ -88,10 +86,10 @@ class EngineConfig:
 
     @classmethod
     def _listen_infos(cls, engine_options: dict[str, str], count: int) -> list[dict[str, int]]:
-        raise_if_false(_LISTEN_INFO in engine_options, "a PROMPT needs option {}", _LISTEN_INFO)
-        infos = engine_options[_LISTEN_INFO].split(";")
+        raise_if_false(_options.LISTEN_INFO in engine_options, "a PROMPT needs option {}", _options.LISTEN_INFO)
+        infos = engine_options[_options.LISTEN_INFO].split(";")
         raise_if_false(
-            len(infos) == count, "{} has {} addresses for {} devices", _LISTEN_INFO, len(infos), count
+            len(infos) == count, "{} has {} addresses for {} devices", _options.LISTEN_INFO, len(infos), count
         )
         return [dict(zip(("ip", "port"), cls.parse_listen_ip_info(info))) for info in infos]
 
@@ -114,10 +112,10 @@ class EngineConfig:
 def parse_cluster_info(engine_options: dict[str, str]) -> dict[str, Any]:
     """Return the description in the options; LLMException where it is no JSON object."""
     try:
-        info = json.loads(engine_options[CLUSTER_INFO])
+        info = json.loads(engine_options[_options.CLUSTER_INFO])
     except ValueError:
         info = None
-    raise_if_false(isinstance(info, dict), "{} is not a JSON object", CLUSTER_INFO)
+    raise_if_false(isinstance(info, dict), "{} is not a JSON object", _options.CLUSTER_INFO)
     checked: dict[str, Any] = info
     return checked
 

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from .. import _native
+from .. import _native, _options
 from ..configs import LLMClusterInfo, LLMRole
 from ..status import LLMException, LLMStatusCode, code_2_status, handle_llm_status, raise_if_false, raise_if_true
 from ..utils import log
@@ -25,17 +25,6 @@ from .llm_types import RegisterMemStatus, int_to_mem_status_dict
 from .llm_utils import parse_listen_ip_info
 
 __all__ = ["BaseDataDist", "LLMDataDist"]
-
-_CACHE_MANAGER = "llm.EnableCacheManager"
-_ONE_SIDED = "llm.EnableRemoteCacheAccessible"
-_LOCAL_COMM_RES = "llm.LocalCommRes"
-_BACKEND = "llm.TransferBackend"
-_LISTEN_INFO = "llm.listenIpInfo"
-_LISTEN_IP = "llm.ListenIp"
-_LISTEN_PORT = "llm.ListenPort"
-_ROLE = "llm.Role"
-_MULTIPLE_ENGINES = "open.MultipleEngines"
-_GRAPH_MEMORY = "ge.flowGraphMemMaxSize"
 
 _MOST_NAME = 127  # characters
 _MOST_MEMBERS = 4
@@ -75,20 +64,20 @@ class BaseDataDist:
         _native.refuse_in_child()
         if self._is_initialized:
             return
-        several = isinstance(options, dict) and options.get(_MULTIPLE_ENGINES) == "1"
+        several = isinstance(options, dict) and options.get(_options.MULTIPLE_ENGINES) == "1"
         _native.close_dropped()
         alone = all(package.llm_engine_instance in (None, self) for package in BaseDataDist.__subclasses__())
         raise_if_false(
             alone and (several or not _native.several()),
             "another LLMDataDist of this process is initialised: finalize it first, or give both {}=1",
-            _MULTIPLE_ENGINES,
+            _options.MULTIPLE_ENGINES,
             status_code=LLMStatusCode.LLM_FAILED,
         )
         check_isinstance("options", options, dict, allow_none=False)
         _check_graph_memory(options)
         check_dict("options", options, str, str)
         engine_options = self._options_of_its_own(options)
-        engine_options[_ROLE] = self._role_to_str(self._role)
+        engine_options[_options.ROLE] = self._role_to_str(self._role)
         self._imply_modes(engine_options)
         self._engine_options = engine_options
         self._start()
@@ -108,19 +97,22 @@ class BaseDataDist:
 
     def _imply_modes(self, options: dict[str, str]) -> None:
         """Set the options that others imply, and check that they fit together."""
-        self._enable_local_comm_res = _LOCAL_COMM_RES in options
+        self._enable_local_comm_res = _options.LOCAL_COMM_RES in options
         if self._enable_local_comm_res:
-            options.setdefault(_CACHE_MANAGER, "1")
-            options.setdefault(_ONE_SIDED, "1")
-        self._enable_cache_mgr = options.get(_CACHE_MANAGER) == "1"
+            options.setdefault(_options.CACHE_MANAGER, "1")
+            options.setdefault(_options.ONE_SIDED, "1")
+        self._enable_cache_mgr = options.get(_options.CACHE_MANAGER) == "1"
         raise_if_true(
-            self._enable_local_comm_res and not self._enable_cache_mgr, "{} needs {}=1", _LOCAL_COMM_RES, _CACHE_MANAGER
+            self._enable_local_comm_res and not self._enable_cache_mgr,
+            "{} needs {}=1",
+            _options.LOCAL_COMM_RES,
+            _options.CACHE_MANAGER,
         )
-        if _BACKEND in options:
-            raise_if_false(self._enable_cache_mgr, "{} needs {}=1", _BACKEND, _CACHE_MANAGER)
-            options.setdefault(_ONE_SIDED, "1")
-            raise_if_false(options[_ONE_SIDED] == "1", "{} needs {}=1", _BACKEND, _ONE_SIDED)
-            raise_if_false(_LISTEN_INFO in options, "{} needs {}", _BACKEND, _LISTEN_INFO)
+        if _options.BACKEND in options:
+            raise_if_false(self._enable_cache_mgr, "{} needs {}=1", _options.BACKEND, _options.CACHE_MANAGER)
+            options.setdefault(_options.ONE_SIDED, "1")
+            raise_if_false(options[_options.ONE_SIDED] == "1", "{} needs {}=1", _options.BACKEND, _options.ONE_SIDED)
+            raise_if_false(_options.LISTEN_INFO in options, "{} needs {}", _options.BACKEND, _options.LISTEN_INFO)
 
     def _start(self) -> None:
         """Start the engine of the older API."""
@@ -154,7 +146,7 @@ class BaseDataDist:
     def kv_cache_manager(self) -> Any:
         """The manager of the older API, outside cache-manager mode."""
         self._check_initialized()
-        raise_if_true(self._enable_cache_mgr, "kv_cache_manager is not available with {}=1", _CACHE_MANAGER)
+        raise_if_true(self._enable_cache_mgr, "kv_cache_manager is not available with {}=1", _options.CACHE_MANAGER)
         return self._kv_cache_manager
 
     @property
@@ -180,7 +172,7 @@ class BaseDataDist:
         self._check_initialized()
         _check_timeout(timeout)
         check_isinstance("clusters", clusters, [list, tuple], LLMClusterInfo, allow_none=False)
-        needs_local = self._cache_manager is not None and not self._engine_options.get(_LOCAL_COMM_RES)
+        needs_local = self._cache_manager is not None and not self._engine_options.get(_options.LOCAL_COMM_RES)
         for cluster in clusters:
             raise_if_true(needs_local and not cluster.local_ip_info_list, "local_ip_info_list is empty")
             if cluster.remote_cluster_id is not None:
@@ -230,7 +222,7 @@ class BaseDataDist:
         self._role = role
 
     def _listen_anew(self, switch_options: dict[str, str] | None) -> None:
-        info = (switch_options or {}).get(_LISTEN_INFO)
+        info = (switch_options or {}).get(_options.LISTEN_INFO)
         address = ""
         if info is not None:
             ip, port = parse_listen_ip_info(info)
@@ -243,15 +235,15 @@ class BaseDataDist:
         options = dict(switch_options or {})
         if role == LLMRole.PROMPT:
             self._check_listens(switch_options)
-            ip, port = EngineConfig.parse_listen_ip_info(options[_LISTEN_INFO])
-            options[_LISTEN_IP], options[_LISTEN_PORT] = str(ip), str(port)
+            ip, port = EngineConfig.parse_listen_ip_info(options[_options.LISTEN_INFO])
+            options[_options.LISTEN_IP], options[_options.LISTEN_PORT] = str(ip), str(port)
         code = self._llm_datadist.switch_role(self._role_to_str(role), options)
         handle_llm_status(code, "switch_role", f"role is {role!s}")
         self._kv_cache_manager._switch_role(role)
 
     @staticmethod
     def _check_listens(switch_options: dict[str, str] | None) -> None:
-        raise_if_false(_LISTEN_INFO in (switch_options or {}), "a PROMPT needs option {}", _LISTEN_INFO)
+        raise_if_false(_options.LISTEN_INFO in (switch_options or {}), "a PROMPT needs option {}", _options.LISTEN_INFO)
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Return when the link to a cluster works; only a DECODER may ask, outside cache-manager mode.
@@ -260,7 +252,7 @@ class BaseDataDist:
         LLM_WAIT_PROCESS_TIMEOUT where the peer does not answer.
         """
         self._check_initialized()
-        raise_if_true(self._enable_cache_mgr, "check_link_status is not available with {}=1", _CACHE_MANAGER)
+        raise_if_true(self._enable_cache_mgr, "check_link_status is not available with {}=1", _options.CACHE_MANAGER)
         check_uint64("remote_cluster_id", remote_cluster_id)
         code = self._llm_datadist.check_link_status(remote_cluster_id)
         handle_llm_status(code, "check_link_status", f"remote_cluster_id is {remote_cluster_id}")
@@ -270,7 +262,7 @@ class BaseDataDist:
 
     def _check_either_manager(self, operation: str) -> None:
         wrong = self._enable_cache_mgr and self._cache_manager is None
-        raise_if_true(wrong, "{} is not available in the older package with {}=1", operation, _CACHE_MANAGER)
+        raise_if_true(wrong, "{} is not available in the older package with {}=1", operation, _options.CACHE_MANAGER)
 
     @property
     def _engine(self) -> Any:
@@ -298,9 +290,9 @@ class LLMDataDist(BaseDataDist):
         if not self._enable_cache_mgr:
             return super()._start()
         options = self._engine_options
-        if _LISTEN_INFO in options:
-            ip, port = parse_listen_ip_info(options[_LISTEN_INFO])
-            options[_LISTEN_IP], options[_LISTEN_PORT] = ip, str(port)
+        if _options.LISTEN_INFO in options:
+            ip, port = parse_listen_ip_info(options[_options.LISTEN_INFO])
+            options[_options.LISTEN_IP], options[_options.LISTEN_PORT] = ip, str(port)
         self._llm_datadist = _native.Engine(self._cluster_id, options)
         self._cache_manager = CacheManager(self._llm_datadist, options)
 
@@ -308,7 +300,7 @@ class LLMDataDist(BaseDataDist):
     def cache_manager(self) -> CacheManager:
         """The manager of caches, in cache-manager mode."""
         self._check_initialized()
-        raise_if_false(self._cache_manager is not None, "cache_manager needs {}=1", _CACHE_MANAGER)
+        raise_if_false(self._cache_manager is not None, "cache_manager needs {}=1", _options.CACHE_MANAGER)
         assert self._cache_manager is not None
         return self._cache_manager
 
@@ -320,7 +312,7 @@ class LLMDataDist(BaseDataDist):
         Raises LLMException: LLM_PARAM_INVALID for arguments, LLM_LINK_FAILED for what is no rank table.
         """
         self._check_initialized()
-        raise_if_false(self._enable_cache_mgr, "link needs {}=1", _CACHE_MANAGER)
+        raise_if_false(self._enable_cache_mgr, "link needs {}=1", _options.CACHE_MANAGER)
         check_isinstance("comm_name", comm_name, str, allow_none=False)
         raise_if_false(comm_name, "comm_name should not be empty")
         raise_if_false(len(comm_name) <= _MOST_NAME, "comm_name should have at most {} characters", _MOST_NAME)
@@ -363,11 +355,11 @@ class LLMDataDist(BaseDataDist):
 
 
 def _check_graph_memory(options: dict[str, str]) -> None:
-    if _GRAPH_MEMORY not in options:
+    if _options.GRAPH_MEMORY not in options:
         return
-    value = check_isinstance(_GRAPH_MEMORY, options[_GRAPH_MEMORY], str, allow_none=False)
-    raise_if_true("," in value, "{} should be one value, but got {!r}", _GRAPH_MEMORY, value)
-    raise_if_false(value.isascii() and value.isdigit(), "{} should be digits, but got {!r}", _GRAPH_MEMORY, value)
+    value = check_isinstance(_options.GRAPH_MEMORY, options[_options.GRAPH_MEMORY], str, allow_none=False)
+    raise_if_true("," in value, "{} should be one value, but got {!r}", _options.GRAPH_MEMORY, value)
+    raise_if_false(value.isascii() and value.isdigit(), "{} should be digits, but got {!r}", _options.GRAPH_MEMORY, value)
 
 
 def _check_timeout(timeout: int) -> None:
