@@ -33,7 +33,7 @@ struct Closer {
 using Handle = std::unique_ptr<void, Closer>;
 
 struct Opened {
-  Handle library;
+  Handle vendor;
   std::vector<Handle> runtimes;
   std::vector<Handle> needed;
 };
@@ -87,8 +87,8 @@ std::vector<Handle> open_needed(const Place &place) {
 Opened open_in(const Place &place, std::string &reasons) {
   Opened opened;
   opened.needed = open_needed(place);
-  opened.library = open_library(place.path(kLibrary));
-  if (opened.library == nullptr) {
+  opened.vendor = open_library(place.path(kLibrary));
+  if (opened.vendor == nullptr) {
     reasons += "; " + place.name + ": " + why();
     return {};
   }
@@ -112,7 +112,7 @@ Opened open(const std::string &folder) {
   std::string reasons;
   for (const Place &place : places(folder)) {
     Opened opened = open_in(place, reasons);
-    if (opened.library != nullptr) return opened;
+    if (opened.vendor != nullptr) return opened;
   }
   throw Refusal{CANN_FACE, CANN_CANNOT_LOAD, std::string("cannot load ") + kLibrary + " and the device runtime" + reasons};
 }
@@ -219,18 +219,18 @@ void load(const std::string &folder) {
   }
   Opened opened = open(folder);
   auto library = std::make_unique<Library>();
-  library->members = find_members(opened.library);
-  library->strings = find_strings(opened.library);
+  library->members = find_members(opened.vendor);
+  library->strings = find_strings(opened.vendor);
   library->runtime = find_runtime(opened.runtimes);
   check_strings(library->strings);
-  library->paths.push_back(path_of(opened.library));
+  library->paths.push_back(path_of(opened.vendor));
   for (const Handle &handle : opened.runtimes) library->paths.push_back(path_of(handle));
   library->runtime.aclInit(nullptr);  // not zero where somebody has done it before; a runtime that is no use says so when it is asked
   folder_of_current = folder;
   current = library.release();
   for (Handle &handle : opened.needed) handle.release();
   for (Handle &handle : opened.runtimes) handle.release();
-  opened.library.release();
+  opened.vendor.release();
 }
 
 const Library &loaded() {
