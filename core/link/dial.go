@@ -291,7 +291,7 @@ func (m *Manager) linkSelf(address string, since uint64) *status.Error {
 	m.serial++
 	r.ended = ""
 	r.link = &Link{
-		manager: m, serial: m.serial, dead: make(chan struct{}), gone: make(chan struct{}),
+		manager: m, serial: m.serial, alone: true, dead: make(chan struct{}), gone: make(chan struct{}),
 		peer: Peer{ClusterID: id, Incarnation: m.incarnation, Address: address, Dialed: true, SameHost: true,
 			SameHostReason: "a link to oneself"},
 	}

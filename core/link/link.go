@@ -194,6 +194,7 @@ type Link struct {
 	peer    Peer
 	number  uint64 // among the links of this pair of incarnations
 	serial  uint64 // among the links that this manager installed; 0 before
+	alone   bool   // a link to oneself under the own cluster id: it has neither session nor goroutines
 
 	control   *conn // nil for a link to oneself
 	session   transport.Session

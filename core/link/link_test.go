@@ -386,6 +386,33 @@ func TestSessionThatCanNotBeMade(t *testing.T) {
 	}
 }
 
+func TestSessionThatFailsBeforeItIsInstalled(t *testing.T) {
+	for _, end := range []string{"dialer", "acceptor"} {
+		t.Run(end, func(t *testing.T) {
+			check(t)
+			var once sync.Once
+			fail := func(c *Config) {
+				c.Attach = func(p Peer, conns []transport.Conn) (Attached, error) {
+					a, err := attach(p, conns)
+					once.Do(func() {
+						go p.Fail(errors.New("torn at once"))
+						<-p.link.Dead()
+					})
+					return a, err
+				}
+			}
+			changes := map[string][2][]func(*Config){"dialer": {{fail}, nil}, "acceptor": {nil, {fail}}}[end]
+			a, b := newNode(t, 1, changes[0]...), newNode(t, 2, changes[1]...)
+			_, err := a.dialTo(b.address)
+			require.ErrorContains(t, err, "torn at once")
+			require.Zero(t, a.LiveLinks())
+			require.Eventually(t, func() bool { return b.LiveLinks() == 0 }, patient, time.Millisecond)
+			a.mustDial(b)
+			requireJoined(t, a, b)
+		})
+	}
+}
+
 func TestConnectionThatCanNotBeTakenOver(t *testing.T) {
 	for _, end := range []string{"dialer", "acceptor"} {
 		t.Run(end, func(t *testing.T) {

@@ -173,7 +173,7 @@ func (m *Manager) kill(l *Link, cause *status.Error) {
 		p.retired = max(p.retired, l.number)
 	}
 	close(l.dead)
-	if l.session == nil {
+	if l.alone {
 		close(l.gone) // a link to oneself has nothing to bury
 	}
 }
