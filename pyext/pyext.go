@@ -254,6 +254,7 @@ const (
 	pullSrcOffset
 	pullDstOffset
 	pullFlags
+	pullParts // of the caches' tensors that the ranges are of: 1, or the devices of v1 mode
 	pullWords
 )
 
@@ -283,7 +284,7 @@ func pullCall(paramsAddr, srcAddr, srcCount, dstAddr, dstCount int64) *engine.Pu
 			Batch: p[pullKeyBatch]},
 		Cache: int64(p[pullCache]),
 		Plan: plan.Request{
-			SrcTensors: tensors(p[pullSrcFirst], p[pullSrcCount]), DstTensors: tensors(p[pullDstFirst], p[pullDstCount]),
+			SrcTensors: tensors(p[pullSrcFirst], p[pullSrcCount], p[pullParts]), DstTensors: tensors(p[pullDstFirst], p[pullDstCount], p[pullParts]),
 			SrcOffset: p[pullSrcOffset], DstOffset: p[pullDstOffset], Exact: p[pullFlags]&pullExact != 0,
 			DstBatch: p[pullBatch], Size: int64(p[pullSize]), SrcBlocks: appendWords(src, srcAddr, srcCount), DstBlocks: appendWords(dst, dstAddr, dstCount),
 		},
@@ -322,7 +323,7 @@ func PushStart(number, handle, waitMillis, paramsAddr, srcAddr, srcCount, dstAdd
 		Addrs: words(addrsAddr, addrsCount),
 		Cache: int64(p[pushCache]),
 		Plan: plan.Request{
-			SrcTensors: tensors(p[pushSrcFirst], p[pushSrcCount]), DstTensors: tensors(p[pushDstFirst], p[pushDstCount]),
+			SrcTensors: tensors(p[pushSrcFirst], p[pushSrcCount], 1), DstTensors: tensors(p[pushDstFirst], p[pushDstCount], 1),
 			SrcBatch: p[pushSrcBatch], DstBatch: p[pushDstBatch], SrcBlocks: words(srcAddr, srcCount), DstBlocks: words(dstAddr, dstCount),
 		},
 		BlockBytes: p[pushBlockBytes], TensorsPerLayer: uint32(p[pushPerLayer]),
@@ -374,11 +375,11 @@ func keys(addr, count int64) []cache.Key {
 	return out
 }
 
-func tensors(first, count uint64) plan.Range {
+func tensors(first, count, parts uint64) plan.Range {
 	if int64(first) < 0 {
 		return plan.Range{All: true}
 	}
-	return plan.Range{First: uint32(first), Count: uint32(count)}
+	return plan.Range{First: uint32(first), Count: uint32(count), Parts: uint32(parts)}
 }
 
 func addresses(addr, count int64) []uintptr {

@@ -58,6 +58,7 @@ for device, addrs in enumerate(cache.per_device_tensor_addrs):
 end.kv_caches.append(cache)
 result = cache.cache_id
 """
+OFFER_BLOCKS_ON_BOTH = OFFER_ON_BOTH.replace("allocate_cache(described, keys)", "allocate_blocks_cache(described, key)")
 # A decoder in a process of its own, linked to the prompt in the test's.
 DECODE = """
 from llm_datadist import *
@@ -267,7 +268,7 @@ def test_each_device_gets_its_tensors(process, engine, manager):
                 expected = pattern(1 + device, tensor, 16)[8 * row : 8 * row + 8]
                 assert np.array_equal(content(cache, tensor, device), expected)
     one = range(1)
-    refused(manager.pull_cache, KEY, cache, src_layer_range=one, dst_layer_range=one, code=ENABLED)
+    refused(manager.pull_cache, KEY, cache, src_layer_range=one, dst_layer_range=one)  # a device's 3 tensors are no layers of 2
     assert [each.numpy().ctypes.data for each in manager.get_cache_tensors(cache, 2)] == [
         addrs[2] for addrs in cache.per_device_tensor_addrs
     ]
@@ -277,6 +278,51 @@ def test_each_device_gets_its_tensors(process, engine, manager):
     manager._role = LLMRole.PROMPT
     refused(manager.transfer_cache_async, cache, Ready(), [TransferConfig(PROMPT, [1])], code=ENABLED)
     refused(engine.switch_role, LLMRole.PROMPT, {"llm.listenIpInfo": ADDRESS}, code=ENABLED)
+    process.run("del end.kv_caches[:]")
+    process.close()
+
+
+@pytest.mark.parity("kv_manager.pulls")
+@pytest.mark.parametrize("engine", [{"device_id": [0, 1]}], indirect=True)
+def test_layers_are_those_of_each_device(process, engine, manager):
+    address = process.run(TWO_DEVICES)
+    process.run(OFFER_ON_BOTH, described=desc([1, 8], 8), keys=[KEY], number=1)
+    assert engine.link_clusters([several([address, "127.0.0.1:1"])], 10_000) == (SUCCESS, [SUCCESS])
+    cache = manager.allocate_cache(desc([1, 8], 4))  # 2 layers on each device, of the prompt's 4
+    before = pattern(50, 0, 8)
+    expected = {(device, tensor): before for device in range(2) for tensor in range(4)}
+    for device, tensor in expected:
+        content(cache, tensor, device)[:] = before
+    for src, dst in ((range(4, 5), range(1)), (range(3, 5), range(2)), (range(1), range(2, 3)), (range(2), range(1))):
+        refused(manager.pull_cache, KEY, cache, src_layer_range=src, dst_layer_range=dst)
+    refused(manager.pull_cache, KEY, cache, src_layer_range=range(2), dst_layer_range=range(2), tensor_num_per_layer=3)
+    assert all(np.array_equal(content(cache, tensor, device), before) for device, tensor in expected)
+    for src, dst in ((3, 0), (1, 1), (0, 0), (2, 1)):
+        layers = {"src_layer_range": range(src, src + 1), "dst_layer_range": range(dst, dst + 1)}
+        manager.pull_cache(KEY, cache, **layers)
+        for device in range(2):
+            for tensor in range(2):
+                expected[device, 2 * dst + tensor] = pattern(1 + device, 2 * src + tensor, 8)
+        for (device, tensor), each in expected.items():
+            assert np.array_equal(content(cache, tensor, device), each)
+    refused(manager.pull_cache, KEY, cache, src_layer_range=range(1), dst_layer_range=range(1), code=NOT_EXIST)  # pulled whole
+    process.run("del end.kv_caches[:]")
+    process.close()
+
+
+@pytest.mark.parity("kv_manager.pulls")
+@pytest.mark.parametrize("engine", [{"device_id": [0, 1]}], indirect=True)
+def test_layers_of_blocks_are_those_of_each_device(process, engine, manager):
+    address = process.run(TWO_DEVICES)
+    process.run(OFFER_BLOCKS_ON_BOTH, described=desc([4, 8], 6), key=BlocksCacheKey(PROMPT), number=1)
+    assert engine.link_clusters([several([address, "127.0.0.1:1"])], 10_000) == (SUCCESS, [SUCCESS])
+    cache = manager.allocate_blocks_cache(desc([3, 8], 2))
+    manager.pull_blocks(BlocksCacheKey(PROMPT), cache, [3, 0], [0, 2], src_layer_range=range(1, 2))  # into all there are
+    for device in range(2):
+        for tensor in range(2):
+            got = content(cache, tensor, device).reshape(3, 8)
+            assert np.array_equal(got[[0, 2]], pattern(1 + device, 2 + tensor, 32).reshape(4, 8)[[3, 0]])
+            assert not got[1].any()
     process.run("del end.kv_caches[:]")
     process.close()
 

@@ -163,15 +163,18 @@ func (b *binding) pulled(tensors plan.Range) bool {
 	if tensors.All {
 		return true
 	}
-	total := uint64(b.entry.Shape.Tensors)
+	shape := b.entry.Shape
 	if b.pending == nil {
-		b.pending = make([]uint64, (total+63)/64)
-		for tensor := range total {
+		b.pending = make([]uint64, (uint64(shape.Tensors)+63)/64)
+		for tensor := range shape.Tensors {
 			b.pending[tensor/64] |= 1 << (tensor % 64)
 		}
 	}
-	for tensor := uint64(tensors.First); tensor < min(total, uint64(tensors.First)+uint64(tensors.Count)); tensor++ {
-		b.pending[tensor/64] &^= 1 << (tensor % 64)
+	if tensors.Inside(shape) {
+		for k := range uint32(tensors.Tensors(shape)) {
+			tensor := tensors.Nth(k, shape)
+			b.pending[tensor/64] &^= 1 << (tensor % 64)
+		}
 	}
 	for _, word := range b.pending {
 		if word != 0 {

@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/llm-datadist-open/llm-datadist/core/cache"
+	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
 
@@ -71,6 +72,37 @@ func TestAPullByIdThatKeepsAKeyIsNotRememberedForOneThatConsumesIt(t *testing.T)
 		require.NoError(w.t, puller.pull(owner, byID(src, 0), dst, all()))
 		require.Zero(w.t, owner.Stats().Keys)
 		dst.requireContent(src.content())
+	})
+}
+
+// A cache has the tensors of one device behind those of another: 4 of each at the owner, 2 of each at the puller.
+func TestARangeIsOfEachDeviceAndReleasesAKeyThatWasPulledWhole(t *testing.T) {
+	const devices = 2
+	over(t, alsoBack, func(w *world) {
+		owner, puller := w.pair(older)
+		src := owner.allocate(rows(4*devices, 1, 900), two[0]).fill(1)
+		dst := puller.register(rows(2*devices, 1, 900)).fill(2)
+		want := dst.content()
+		pull := func(from, to uint32) error {
+			p := all()
+			p.SrcTensors = plan.Range{First: from, Count: 1, Parts: devices}
+			p.DstTensors = plan.Range{First: to, Count: 1, Parts: devices}
+			ctx, stop := within(patient)
+			defer stop()
+			return puller.Pull(ctx, &PullCall{Cluster: owner.id, Key: normal(7), Cache: dst.id, Plan: p, TensorsPerLayer: 1})
+		}
+		requireCode(w.t, status.ParamInvalid, pull(4, 0))
+		requireCode(w.t, status.ParamInvalid, pull(0, 2))
+		for from := range uint32(4) {
+			require.Equal(w.t, 1, owner.Stats().Keys)
+			to := from % 2
+			require.NoError(w.t, pull(from, to))
+			for device := range uint32(devices) {
+				want[2*device+to] = src.content()[4*device+from]
+			}
+			dst.requireContent(want)
+		}
+		require.Zero(w.t, owner.Stats().Keys)
 	})
 }
 

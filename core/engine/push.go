@@ -68,22 +68,19 @@ func (e *Engine) checkPush(call *PushCall, source *cache.Entry) error {
 		return notAccessible(source)
 	}
 	if call.TensorsPerLayer == 0 || source.Shape.Tensors%call.TensorsPerLayer != 0 {
-		return unevenLayers(source, call.TensorsPerLayer)
+		return unevenLayers(source, uint64(call.TensorsPerLayer))
 	}
 	if err := plan.CheckSource(&call.Plan, source.Shape, call.BlockBytes); err != nil {
 		return err
 	}
-	tensors := call.Plan.SrcTensors.Count
-	if call.Plan.SrcTensors.All {
-		tensors = source.Shape.Tensors
-	}
-	if raw := call.Addrs != nil || call.Key.Kind == 0; raw && len(call.Addrs) != int(tensors) {
+	tensors := call.Plan.SrcTensors.Tensors(source.Shape)
+	if raw := call.Addrs != nil || call.Key.Kind == 0; raw && uint64(len(call.Addrs)) != tensors {
 		return addressCount(len(call.Addrs), tensors)
 	}
 	return nil
 }
 
-func addressCount(addrs int, tensors uint32) error {
+func addressCount(addrs int, tensors uint64) error {
 	return status.Newf(status.ParamInvalid, status.StageCheck, "%d destination addresses for %d source tensors", addrs, tensors)
 }
 
@@ -186,7 +183,7 @@ func checkBlockBytes(push *transport.Push, dst plan.Shape) error {
 
 // rawTarget takes each address as one tensor that reaches as far as the push writes.
 func (o *owner) rawTarget(ctx context.Context, push *transport.Push) (target, error) {
-	if tensors := push.Plan.SrcTensors.Count; len(push.Addrs) != int(tensors) {
+	if tensors := push.Plan.SrcTensors.Tensors(push.Shape); uint64(len(push.Addrs)) != tensors {
 		return target{}, addressCount(len(push.Addrs), tensors)
 	}
 	shape := plan.Shape{

@@ -22,7 +22,7 @@ type PullCall struct {
 	Cache   int64         // id of the local destination
 	// Plan says which bytes; its block lists belong to the call until it has returned.
 	Plan plan.Request
-	// TensorsPerLayer is what Plan's tensor ranges were made with; looked at where a range is given.
+	// TensorsPerLayer is what Plan's tensor ranges were made with, on each device; looked at where a range is given.
 	TensorsPerLayer uint32
 }
 
@@ -156,8 +156,8 @@ func (e *Engine) destination(call *PullCall, use *cache.Use) error {
 func (e *Engine) checkDestination(use *cache.Use, call *PullCall) error {
 	entry := use.Entry()
 	ranged := !call.Plan.SrcTensors.All || !call.Plan.DstTensors.All
-	if ranged && (call.TensorsPerLayer == 0 || entry.Shape.Tensors%call.TensorsPerLayer != 0) {
-		return unevenLayers(entry, call.TensorsPerLayer)
+	if layer := uint64(call.TensorsPerLayer) * uint64(max(1, call.Plan.Parts())); ranged && (layer == 0 || uint64(entry.Shape.Tensors)%layer != 0) {
+		return unevenLayers(entry, layer)
 	}
 	call.Plan.OneSided = e.options.OneSided
 	if err := plan.CheckLocal(&call.Plan, entry.Shape); err != nil {
@@ -169,9 +169,10 @@ func (e *Engine) checkDestination(use *cache.Use, call *PullCall) error {
 	return nil
 }
 
-func unevenLayers(local *cache.Entry, perLayer uint32) error {
+// unevenLayers says that a cache's tensors are no multiple of those that make a layer on all devices.
+func unevenLayers(local *cache.Entry, layer uint64) error {
 	return status.Newf(status.ParamInvalid, status.StageCheck, "the local cache's %d tensors are no multiple of tensor_num_per_layer %d",
-		local.Shape.Tensors, perLayer)
+		local.Shape.Tensors, layer)
 }
 
 func notAccessible(local *cache.Entry) error {

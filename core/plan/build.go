@@ -31,12 +31,12 @@ func Build(req *Request, src, dst Shape, into []Segment) ([]Segment, error) {
 	} else {
 		out = appendPieces(out, req, src, dst)
 	}
-	tensors := req.DstTensors.count(dst)
+	tensors := req.DstTensors.Tensors(dst)
 	if uint64(len(out)) > MaxSegments/tensors {
 		return out[:0], status.Newf(status.ParamInvalid, status.StageCheck,
 			"%d pieces in each of %d tensors are more than the %d that one request may have", len(out), tensors, MaxSegments)
 	}
-	return spread(out, req, int(tensors)), nil
+	return spread(out, req, src, dst), nil
 }
 
 // contiguous is the one segment of a pull from batch row to batch row, in the first pair of tensors. The checks have bounded it.
@@ -81,20 +81,18 @@ func (s *Segment) precedes(next Segment) bool {
 }
 
 // spread repeats the runs of the first pair of tensors for the others, which have the same shape.
-func spread(out []Segment, req *Request, tensors int) []Segment {
-	runs := len(out)
+func spread(out []Segment, req *Request, src, dst Shape) []Segment {
+	runs, tensors := len(out), int(req.DstTensors.Tensors(dst))
 	out = slices.Grow(out, runs*(tensors-1))[:runs*tensors]
 	first := out[:runs]
-	srcTensor, dstTensor := req.SrcTensors.first(), req.DstTensors.first()
 	for k := range tensors {
+		srcTensor, dstTensor := req.SrcTensors.Nth(uint32(k), src), req.DstTensors.Nth(uint32(k), dst)
 		pair := out[k*runs:][:runs]
 		for i := range pair {
 			to, run := &pair[i], &first[i] // a composite literal here takes four times as long
 			to.SrcTensor, to.DstTensor = srcTensor, dstTensor
 			to.SrcOffset, to.DstOffset, to.Bytes = run.SrcOffset, run.DstOffset, run.Bytes
 		}
-		srcTensor++
-		dstTensor++
 	}
 	return out
 }
@@ -118,20 +116,4 @@ func (r *Request) bytes(dst Shape) uint64 {
 		return uint64(r.Size)
 	}
 	return dst.Stride - r.DstOffset
-}
-
-// count of tensors that the range takes from a cache of this shape.
-func (r Range) count(of Shape) uint64 {
-	if r.All {
-		return uint64(of.Tensors)
-	}
-	return uint64(r.Count)
-}
-
-// first tensor of the range.
-func (r Range) first() uint32 {
-	if r.All {
-		return 0
-	}
-	return r.First
 }

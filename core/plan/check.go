@@ -77,9 +77,14 @@ func checkLocalTensors(req *Request, dst Shape) error {
 	if err := req.DstTensors.inside(dst, status.StageCheck, "destination", "local"); err != nil {
 		return err
 	}
-	if want := req.DstTensors.count(dst); !req.SrcTensors.All && uint64(req.SrcTensors.Count) != want {
-		return status.Newf(status.ParamInvalid, status.StageCheck,
-			"%d source tensors for %d destination tensors", req.SrcTensors.Count, want)
+	if req.SrcTensors.All {
+		return nil
+	}
+	if have, want := req.SrcTensors.parts(), req.DstTensors.parts(); have != want && !req.DstTensors.All {
+		return status.Newf(status.ParamInvalid, status.StageCheck, "a range of %d source parts for one of %d destination parts", have, want)
+	}
+	if have, want := req.SrcTensors.Tensors(dst), req.DstTensors.Tensors(dst); have != want {
+		return status.Newf(status.ParamInvalid, status.StageCheck, "%d source tensors for %d destination tensors", have, want)
 	}
 	return nil
 }
@@ -115,7 +120,7 @@ func CheckRemote(req *Request, src, dst Shape) error {
 }
 
 func checkRemoteTensors(req *Request, src, dst Shape) error {
-	if have, want := req.SrcTensors.count(src), req.DstTensors.count(dst); have != want {
+	if have, want := req.SrcTensors.Tensors(src), req.DstTensors.Tensors(dst); have != want {
 		return status.Newf(status.ParamInvalid, status.StageLookup,
 			"%d tensors of the remote cache for %d of the local cache", have, want)
 	}
@@ -189,18 +194,22 @@ func checkShape(s Shape, stage status.Stage, side string) error {
 	return nil
 }
 
-// inside says whether the range names tensors that a cache of this shape has.
+// inside is [Range.Inside] in words.
 func (r Range) inside(of Shape, stage status.Stage, end, side string) error {
-	if r.All {
+	parts := r.parts()
+	last := uint64(r.First) + uint64(r.Count) - 1
+	switch {
+	case r.Inside(of):
 		return nil
-	}
-	if r.Count == 0 {
+	case r.Count == 0:
 		return status.Newf(status.ParamInvalid, stage, "a range of no %s tensors, from %d", end, r.First)
-	}
-	if last := uint64(r.First) + uint64(r.Count) - 1; last >= uint64(of.Tensors) {
+	case parts == 1:
 		return status.Newf(status.ParamInvalid, stage, "%s tensor %d is outside the %s cache of %d tensors", end, last, side, of.Tensors)
+	case of.Tensors%parts != 0:
+		return status.Newf(status.ParamInvalid, stage, "the %s cache of %d tensors has no %d equal parts", side, of.Tensors, parts)
 	}
-	return nil
+	return status.Newf(status.ParamInvalid, stage,
+		"%s tensor %d is outside each of the %d parts of the %s cache, which have %d tensors", end, last, parts, side, of.Tensors/parts)
 }
 
 // rows of a tensor that a batch index can name (spec §8.1: a cache of blocks has one).

@@ -30,10 +30,43 @@ type Shape struct {
 }
 
 // Range is a run of tensors, by index (not by layer). All stands for every tensor of a cache; without it a Count of 0 is an error.
+// Where Parts is above 1 a cache's tensors are that many equal parts, one behind the other (the devices of v1 mode), and the run is one
+// of each part, in which First counts.
 type Range struct {
 	First, Count uint32
+	Parts        uint32
 	All          bool
 }
+
+// Tensors is how many tensors the range takes from a cache of this shape.
+func (r Range) Tensors(of Shape) uint64 {
+	if r.All {
+		return uint64(of.Tensors)
+	}
+	return uint64(r.Count) * uint64(r.parts())
+}
+
+// Nth returns the tensor that is k-th in the range, which lies inside a cache of this shape.
+func (r Range) Nth(k uint32, of Shape) uint32 {
+	switch {
+	case r.All:
+		return k
+	case r.Parts <= 1:
+		return r.First + k
+	}
+	return k/r.Count*(of.Tensors/r.Parts) + r.First + k%r.Count
+}
+
+// Inside says whether the range names tensors that a cache of this shape has.
+func (r Range) Inside(of Shape) bool {
+	if r.All {
+		return true
+	}
+	parts := r.parts()
+	return r.Count > 0 && of.Tensors%parts == 0 && uint64(r.First)+uint64(r.Count) <= uint64(of.Tensors/parts)
+}
+
+func (r Range) parts() uint32 { return max(1, r.Parts) }
 
 // Request is what a pull asks for, in terms of the initiator ("dst") and the owner ("src").
 type Request struct {
@@ -50,6 +83,9 @@ type Request struct {
 	// looked at where DstBlocks is set.
 	Whole bool
 }
+
+// Parts is how many parts the ranges of the request are of; 0 stands for 1.
+func (r *Request) Parts() uint32 { return max(r.SrcTensors.Parts, r.DstTensors.Parts) }
 
 // Segment is one run of bytes to move. In a plan, segments are ordered as the stream of bytes is.
 type Segment struct {

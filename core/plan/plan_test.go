@@ -209,6 +209,41 @@ func TestRowShorterThanABlock(t *testing.T) {
 	require.Equal(t, []Segment{{SrcOffset: 3, DstOffset: 12, Bytes: 3}}, got)
 }
 
+// Two caches with the tensors of three parts: 4 in each part at the source, 2 at the destination.
+func TestARangeOfPartsIsOfEachPart(t *testing.T) {
+	src, dst := shape(Contiguous, 12, 1, 4), shape(Contiguous, 6, 1, 4)
+	of := func(first, count uint32) Range { return Range{First: first, Count: count, Parts: 3} }
+	for _, c := range []struct {
+		name     string
+		src, dst Range
+		pairs    [][2]uint32 // nil: refused
+	}{
+		{"one tensor of each", of(2, 1), of(1, 1), [][2]uint32{{2, 1}, {6, 3}, {10, 5}}},
+		{"two of each", of(1, 2), of(0, 2), [][2]uint32{{1, 0}, {2, 1}, {5, 2}, {6, 3}, {9, 4}, {10, 5}}},
+		{"into all", of(2, 2), all, [][2]uint32{{2, 0}, {3, 1}, {6, 2}, {7, 3}, {10, 4}, {11, 5}}},
+		{"beyond a part of the source", of(3, 2), of(0, 2), nil},
+		{"beyond a part of the destination", of(0, 2), of(1, 2), nil},
+		{"from all", all, of(0, 2), nil},
+		{"other parts", Range{Count: 2, Parts: 3}, Range{Count: 3, Parts: 2}, nil},
+		{"parts that are not equal", Range{Count: 1, Parts: 4}, Range{Count: 1, Parts: 4}, nil},
+		{"more parts than tensors", Range{Count: 1, Parts: 1 << 31}, Range{Count: 1, Parts: 1 << 31}, nil},
+		{"more than can be counted", Range{Count: math.MaxUint32, Parts: math.MaxUint32}, all, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := Build(&Request{SrcTensors: c.src, DstTensors: c.dst, Size: -1}, src, dst, nil)
+			if c.pairs == nil {
+				require.Equal(t, status.ParamInvalid, status.CodeOf(err), "%v", err)
+				return
+			}
+			require.NoError(t, err)
+			for i, pair := range c.pairs {
+				require.Equal(t, Segment{SrcTensor: pair[0], DstTensor: pair[1], Bytes: 4}, got[i])
+			}
+			require.Len(t, got, len(c.pairs))
+		})
+	}
+}
+
 func TestTotalSaturates(t *testing.T) {
 	require.Equal(t, uint64(0), Total(nil))
 	require.Equal(t, uint64(7), Total([]Segment{{Bytes: 3}, {Bytes: 4}}))
@@ -229,7 +264,7 @@ func verify(t *testing.T, req *Request, src, dst Shape) {
 	want := oracleVerdict(req, src, dst)
 	local, remote := CheckLocal(req, dst), CheckRemote(req, src, dst) // each must stand any input alone
 	require.Equal(t, want == status.Success, local == nil && remote == nil, "%v, %v", local, remote)
-	if want == status.Success && req.DstTensors.count(dst) > 1<<12 {
+	if want == status.Success && req.DstTensors.Tensors(dst) > 1<<12 {
 		return // a good request, but a list too long to look at here
 	}
 	got, err := Build(req, src, dst, nil)

@@ -31,7 +31,7 @@ _ENVIRONMENT = "LLM_DATADIST_"  # how the engine's environment variables begin
 WAIT_MILLIS = 100  # the longest time in which a signal is not seen
 _RUNNING = 1
 _WORD_BYTES = 8
-_PULL_BYTES = 17 * _WORD_BYTES  # the parameters of PullStart
+_PULL_BYTES = 18 * _WORD_BYTES  # the parameters of PullStart
 _PUSH_BYTES = 14 * _WORD_BYTES  # the parameters of PushStart
 
 _numbers = itertools.count(1)  # of operations and engines: drawn here, so that one is known before its call starts

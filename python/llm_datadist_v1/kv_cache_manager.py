@@ -51,7 +51,6 @@ from .utils.utils import check_dict
 
 __all__ = ["KvCacheManager"]
 
-_LAYER_RANGES = ("src_layer_range", "dst_layer_range")
 _NO_MEMORY = {LLMStatusCode.LLM_OUT_OF_MEMORY: LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY}
 _UNEVEN = {LLMStatusCode.LLM_PARAM_INVALID: LLMStatusCode.LLM_FAILED}
 
@@ -183,9 +182,9 @@ class KvCacheManager:
         By key all of the prompt's row comes, unless the prompt described its cache with seq_len_dim_index 1; then, by id and
         with offsets it is size bytes of each tensor, -1 for what is left of the local row. A success releases a key that is
         no prefix key. Keywords: src_cache_offset and dst_cache_offset (bytes from the starts of the rows; such a pull
-        releases nothing), src_layer_range, dst_layer_range, tensor_num_per_layer (2). Raises LLMException as
-        CacheManager.pull_cache does, with LLM_WAIT_PROCESS_TIMEOUT for a deadline; LLM_FEATURE_NOT_ENABLED for ranges of
-        layers with several devices.
+        releases nothing), src_layer_range, dst_layer_range (of each device's tensors), tensor_num_per_layer (2). Raises
+        LLMException as CacheManager.pull_cache does, with LLM_WAIT_PROCESS_TIMEOUT for a deadline; LLM_LINK_BUSY where the
+        link is being unlinked until then.
         """
         raise_if_false(self._role == LLMRole.DECODER, "only a DECODER pulls")
         check_isinstance("cache_key", cache_key, [CacheKey, CacheKeyByIdAndIndex], allow_none=False)
@@ -200,8 +199,10 @@ class KvCacheManager:
         if isinstance(cache_key, CacheKey):
             self.check_cache_key(cache_key)
         exact = max(offsets) >= 0
-        words = pack_offsets(max(0, offsets[0]), max(0, offsets[1]), exact)
-        self._pull("pull_cache", cache_key, kv_cache, batch_index, size, kwargs, b"", b"", words)
+        src_offset, dst_offset = (max(0, offset) for offset in offsets)
+        self._pull(
+            "pull_cache", cache_key, kv_cache, batch_index, size, kwargs, b"", b"", (src_offset, dst_offset, exact)
+        )
 
     def pull_blocks(
         self,
@@ -237,20 +238,14 @@ class KvCacheManager:
         kwargs: dict[str, Any],
         src: bytes,
         dst: bytes,
-        offsets: bytes = pack_offsets(0, 0, False),
+        offsets: tuple[int, int, bool] = (0, 0, False),
     ) -> None:
         per_layer = per_layer_of(kwargs)
-        ranged = any(kwargs.get(name) is not None for name in _LAYER_RANGES)
-        raise_if_true(
-            ranged and self._llm_engine.devices > 1,
-            "{} takes no ranges of layers with several devices",
-            operation,
-            status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-        )
+        words = pack_offsets(*offsets, self._llm_engine.devices)
         self._drain()
         local = Cache(cache.cache_id, cache.cache_desc, [], self._caches, False, cache._is_blocks_cache)
         with older_codes(OLDER_TIMEOUT):
-            self._caches._pull(operation, key, local, batch_index, size, per_layer, kwargs, src, dst, offsets)
+            self._caches._pull(operation, key, local, batch_index, size, per_layer, kwargs, src, dst, words)
 
     def copy_cache(
         self,

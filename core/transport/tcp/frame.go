@@ -37,7 +37,7 @@ const (
 	kindData      frameKind = 3 // owner
 	kindFail      frameKind = 4 // owner: the operation has failed; a: status code, body: cause
 	kindCancel    frameKind = 5 // initiator: nothing more is wanted
-	kindDone      frameKind = 6 // initiator: every byte has arrived; a: first tensor, b: tensors (all: flagAll)
+	kindDone      frameKind = 6 // initiator: every byte has arrived; a: first tensor, b: tensors | parts<<32 (all: flagAll)
 	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before. Also: a push has succeeded
 	kindJoin      frameKind = 8 // initiator: an operation that was asked for on another connection may use this one too
 	kindPush      frameKind = 9 // pusher: body is a push; a: deadline in ms from now; the peer answers with CONFIRMED or FAIL
@@ -95,6 +95,23 @@ func parseHeader(b []byte) (h header, err error) {
 	return h, nil
 }
 
+// doneHeader says that the tensors have arrived.
+func doneHeader(operation uint64, tensors plan.Range) header {
+	h := header{kind: kindDone, operation: operation, a: uint64(tensors.First), b: uint64(tensors.Count) | uint64(tensors.Parts)<<32}
+	if tensors.All {
+		h.flags = flagAll
+	}
+	return h
+}
+
+// tensors is what a DONE says, or a range of nothing.
+func (h *header) tensors() plan.Range {
+	if h.a > math.MaxUint32 {
+		return plan.Range{}
+	}
+	return plan.Range{First: uint32(h.a), Count: uint32(h.b), Parts: uint32(h.b >> 32), All: h.flags&flagAll != 0}
+}
+
 // protocolError is a violation by the peer. It ends the link: after it the stream can't be trusted to be in step.
 func protocolError(what string) error {
 	return status.New(status.Failed, status.StageTransfer, "the peer sent "+what)
@@ -131,7 +148,7 @@ func putRequest(b []byte, req *transport.Request) {
 		flags |= requestExact
 	}
 	w := writer{b: b}
-	w.u64(uint64(req.Key.Kind) | uint64(flags)<<8)
+	w.u64(uint64(req.Key.Kind) | uint64(flags)<<8 | uint64(p.Parts())<<32)
 	w.u64(req.Key.ID)
 	w.u64(req.Key.Model)
 	w.u64(uint64(req.Key.CacheID))
@@ -167,8 +184,9 @@ func parseRequest(b []byte, req *transport.Request) error {
 	p := &req.Plan
 	p.SrcBatch, p.Whole = 0, false
 	p.OneSided, p.Exact = flags&requestOneSided != 0, flags&requestExact != 0
-	p.SrcTensors = plan.Range{First: r.u32(), Count: r.u32(), All: flags&requestSrcAll != 0}
-	p.DstTensors = plan.Range{First: r.u32(), Count: r.u32(), All: flags&requestDstAll != 0}
+	parts := uint32(kind >> 32)
+	p.SrcTensors = plan.Range{First: r.u32(), Count: r.u32(), Parts: parts, All: flags&requestSrcAll != 0}
+	p.DstTensors = plan.Range{First: r.u32(), Count: r.u32(), Parts: parts, All: flags&requestDstAll != 0}
 	p.DstBatch = r.u64()
 	p.Size = int64(r.u64())
 	p.SrcOffset, p.DstOffset = r.u64(), r.u64()

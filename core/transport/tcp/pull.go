@@ -279,10 +279,7 @@ func wantedBytes(req *transport.Request) float64 {
 	case req.Plan.Size >= 0:
 		each = float64(req.Plan.Size)
 	}
-	if req.Plan.DstTensors.All {
-		return each * float64(req.Local.Tensors)
-	}
-	return each * float64(req.Plan.DstTensors.Count)
+	return each * float64(req.Plan.DstTensors.Tensors(req.Local))
 }
 
 // join has the owner's receivers of the other lanes woken while it plans: they send their part themselves.
@@ -410,11 +407,7 @@ func (s *Session) wait(ctx context.Context, p *pull) error {
 // confirm tells the owner that every byte has arrived, which releases the key, and waits for its answer. Once DONE is under way the
 // pull can't fail any more without losing the key: where the link or the deadline ends first, it has succeeded.
 func (s *Session) confirm(ctx context.Context, p *pull) error {
-	h := header{kind: kindDone, operation: p.id, a: uint64(p.req.Plan.SrcTensors.First), b: uint64(p.req.Plan.SrcTensors.Count)}
-	if p.req.Plan.SrcTensors.All {
-		h.flags = flagAll
-	}
-	s.tell(p.lane, h)
+	s.tell(p.lane, doneHeader(p.id, p.req.Plan.SrcTensors))
 	select {
 	case code := <-p.acked:
 		if code != status.Success {

@@ -72,11 +72,7 @@ func (s *Session) admitReceipt(r *receipt) error {
 
 // piecesOf bounds what a push takes: neither its lists nor the plan of its pull, which has as many tensors as the push says, are longer.
 func piecesOf(what *transport.Push) int {
-	tensors := uint64(what.Plan.SrcTensors.Count)
-	if what.Plan.SrcTensors.All {
-		tensors = uint64(what.Shape.Tensors)
-	}
-	over, pieces := bits.Mul64(tensors, uint64(max(1, len(what.Plan.DstBlocks))))
+	over, pieces := bits.Mul64(what.Plan.SrcTensors.Tensors(what.Shape), uint64(max(1, len(what.Plan.DstBlocks))))
 	if over != 0 || pieces > plan.MaxSegments {
 		return plan.MaxSegments
 	}

@@ -19,9 +19,9 @@ type serve struct {
 	id      uint64
 	lane    *lane // the request's; answers go there too
 	source  transport.Source
-	leased  bool    // the pull consumes its key
-	tensors uint64  // of the source
-	stream  *stream // recycled when the operation rests
+	leased  bool       // the pull consumes its key
+	shape   plan.Shape // of the source
+	stream  *stream    // recycled when the operation rests
 	total   uint64
 	chunk   uint64                         // bytes of a data frame
 	pinned  *lane                          // the one lane that carries it, nil: all do
@@ -121,7 +121,7 @@ func (v *serve) prepare(h header, req *transport.Request) error {
 			v.stream.addrs = append(v.stream.addrs, v.source.Address(t))
 		}
 	}
-	v.tensors = uint64(shape.Tensors)
+	v.shape = shape
 	(&header{kind: kindEntry, length: entryBytes, operation: v.id}).put(v.entry[:])
 	putEntry(v.entry[headerBytes:], &e)
 	v.expires = deadlineFrom(time.Now(), h.a).Add(leaseGrace)
@@ -337,10 +337,11 @@ func (s *Session) cancelled(h header) {
 // done serves a DONE frame: the key is released, and nothing else releases it.
 func (s *Session) done(l *lane, h header) error {
 	if v := s.serving(h.operation); v != nil {
-		if !v.leased || h.a > v.tensors || h.b > v.tensors-h.a {
+		tensors := h.tensors()
+		if !v.leased || !tensors.Inside(v.shape) {
 			return protocolError("a DONE for what it has not asked for")
 		}
-		if v.finish(&plan.Range{First: uint32(h.a), Count: uint32(h.b), All: h.flags&flagAll != 0}) {
+		if v.finish(&tensors) {
 			return nil // settle answers
 		}
 	}

@@ -50,13 +50,14 @@ __all__ = ["CacheManager"]
 _CONTIGUOUS, _BLOCKS = 1, 2  # kinds of caches
 _DEFAULT_PER_LAYER = 2
 _KEYS = (CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
-# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), the layers, the offsets, the blocks.
+# What pyext.PullStart takes, in its order: the ends (key, local cache, row and size), layers, offsets and devices, blocks.
 _pack_ends = struct.Struct("QqQQ5q").pack  # ids are unsigned
 _pack_ends_as_bits = struct.Struct("9Q").pack
 _pack_layers = struct.Struct("5q").pack
-pack_offsets = struct.Struct("3q").pack  # of the source and of the destination in bytes, 1 where they were given
+# Of the source and of the destination in bytes, 1 where they were given, and how many devices have a part of each cache.
+pack_offsets = struct.Struct("4q").pack
 _pack_two_blocks = struct.Struct("2q").pack
-_NO_OFFSETS = pack_offsets(0, 0, 0)
+_NO_OFFSETS = pack_offsets(0, 0, 0, 1)
 _ALL_LAYERS = _pack_layers(*ALL_TENSORS, *ALL_TENSORS, _DEFAULT_PER_LAYER)
 _ORDINARY = _ALL_LAYERS + _NO_OFFSETS
 # Their addresses come back in an array that is made before the pool is asked: 128 MiB, for a pool of 16 GiB at least.
