@@ -9,14 +9,29 @@ import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 import llm_datadist
 import llm_datadist_v1
 from llm_datadist import CacheKey, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.v2.config import ClusterConfig, EngineConfig
-from older import DECODER, KEY, NOT_YET_LINK, OFFER, PARAM_INVALID, PROMPT, SERVE, SUCCESS, opened, refused, settings, several
-from peers import ADDRESS, Background, Peer, cluster, desc, wait_until
+from older import (
+    DECODER,
+    KEY,
+    NOT_YET_LINK,
+    OFFER,
+    PARAM_INVALID,
+    PROMPT,
+    SERVE,
+    SUCCESS,
+    content,
+    opened,
+    refused,
+    settings,
+    several,
+)
+from peers import ADDRESS, Background, Peer, cluster, desc, pattern, wait_until
 
 ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 BUSY = LLMStatusCode.LLM_LINK_BUSY
@@ -140,6 +155,48 @@ def test_a_link_in_use_is_busy_at_the_deadline(process, address, decoder, quiet)
         wait_until(lambda: _native.held() > idle, "the pull is under way")
         assert decoder.unlink_clusters([good], 200) == (UNLINK_FAILED, [BUSY])
     assert pull.result() is None
+    assert decoder.unlink_clusters([good], 10_000) == (SUCCESS, [SUCCESS])
+
+
+@pytest.mark.parity("kv_manager.pulls", "engine.check_link_status")
+@pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 300}], indirect=True)
+def test_a_link_that_is_being_unlinked_is_busy_at_the_deadline_of_a_pull(process, address, decoder, quiet):
+    good = cluster(address, PROMPT)
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    decoder.link_clusters([good], 5000)
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 8]))
+    with process.stopped():
+        unlink = Background(decoder.unlink_clusters, [good], 20_000)
+        wait_until(lambda: "being unlinked" in decoder.explain(PROMPT), "the unlink is under way")
+        call = Background(decoder.kv_cache_manager.pull_cache, KEY, cache)
+        failure = refused(call.result, code=BUSY)
+        assert (failure.operation, failure.peer, failure.address) == ("pull_cache", PROMPT, address)
+        assert 0.2 < call.seconds < 0.3 + 1
+        refused(decoder.check_link_status, PROMPT, code=BUSY)
+    assert unlink.result() == (SUCCESS, [SUCCESS])
+    refused(decoder.kv_cache_manager.pull_cache, KEY, cache, code=NOT_YET_LINK)
+
+
+@pytest.mark.parity("kv_manager.pulls")
+@pytest.mark.parametrize("decoder", [{"sync_kv_timeout": 10_000}], indirect=True)
+def test_a_pull_that_waits_for_an_unlink_goes_on_where_the_link_stays(process, address, decoder, quiet):
+    good, keys = cluster(address, PROMPT), [KEY, CacheKey(PROMPT, 2)]
+    process.run(OFFER, described=desc([2, 8]), keys=keys, number=1)
+    decoder.link_clusters([good], 5000)
+    manager = decoder.kv_cache_manager
+    caches = [manager.allocate_cache(desc([1, 8])) for _ in keys]
+    idle = _native.held()
+    with process.stopped():
+        first = Background(manager.pull_cache, keys[0], caches[0])
+        wait_until(lambda: _native.held() > idle, "the first pull is under way")
+        unlink = Background(decoder.unlink_clusters, [good], 1000)
+        wait_until(lambda: "being unlinked" in decoder.explain(PROMPT), "the unlink is under way")
+        second = Background(manager.pull_cache, keys[1], caches[1])
+        assert unlink.result() == (UNLINK_FAILED, [BUSY])
+        assert first.running() and second.running()
+    for row, call in enumerate((first, second)):
+        assert call.result() is None
+        assert np.array_equal(content(caches[row]), pattern(1, 0, 16)[8 * row : 8 * row + 8])
     assert decoder.unlink_clusters([good], 10_000) == (SUCCESS, [SUCCESS])
 
 

@@ -201,7 +201,9 @@ func (e *Engine) reported(id uint64) uint64 {
 }
 
 // linkTo returns the live link to a cluster.
-func (e *Engine) linkTo(id uint64) (*link.Link, error) {
+func (e *Engine) linkTo(id uint64) (*link.Link, error) { return e.linkBy(e.links.Link, id) }
+
+func (e *Engine) linkBy(find func(id uint64) (*link.Link, error), id uint64) (*link.Link, error) {
 	if e.options.Directional {
 		e.mu.Lock()
 		_, ok := e.owned[id]
@@ -214,7 +216,7 @@ func (e *Engine) linkTo(id uint64) (*link.Link, error) {
 	if name, ok := e.groups.preparing(id); ok {
 		return nil, status.Newf(status.NotYetLink, status.StageResolve, "the group %q is being prepared", name)
 	}
-	l, err := e.links.Link(e.reported(id))
+	l, err := find(e.reported(id))
 	if err == nil && l.Session() == nil {
 		err = status.New(status.ParamInvalid, status.StageCheck, "the link leads to this engine itself, which is no peer of a transfer")
 	}

@@ -54,6 +54,17 @@ func (e *Engine) unlinkFailure(err error) error {
 	return err
 }
 
+// waitsForLinks says that calls wait while their link is being unlinked, as in v1 mode (spec §9.5, §14 row 12).
+func (e *Engine) waitsForLinks() bool { return !e.options.CacheManager }
+
+// linkWithin is linkTo, but waits where the mode has it so: LinkBusy where the link is still being unlinked when ctx ends.
+func (e *Engine) linkWithin(ctx context.Context, id uint64) (*link.Link, error) {
+	if !e.waitsForLinks() {
+		return e.linkTo(id)
+	}
+	return e.linkBy(func(id uint64) (*link.Link, error) { return e.links.Settled(ctx, id) }, id)
+}
+
 func recoded(err error, code status.Code) *status.Error {
 	out := *status.From(err, status.StageCheck)
 	out.Code = code
@@ -76,11 +87,11 @@ func (e *Engine) Links() []LinkInfo {
 }
 
 // CheckLink waits until nothing is under way on the link to a cluster, then asks the peer for an answer. It ends when ctx ends: LinkBusy
-// where the link is in use until then, Timeout where the peer does not answer. Without a live link it is NotYetLink.
+// where the link is in use or being unlinked until then, Timeout where the peer does not answer. Without a live link it is NotYetLink.
 func (e *Engine) CheckLink(ctx context.Context, cluster uint64) error {
-	l, err := e.linkTo(cluster)
+	l, err := e.linkWithin(ctx, cluster)
 	if err != nil {
-		return status.From(err, status.StageResolve).At(cluster, "")
+		return unlinked(cluster, err)
 	}
 	select {
 	case <-l.Session().Idle():

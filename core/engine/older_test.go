@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -117,6 +118,126 @@ func TestALinkIsCheckedWhenNothingIsUnderWay(t *testing.T) {
 		owner.stop()
 		w.eventually(func() bool { return len(puller.Links()) == 0 }, "the link is dead")
 		requireCode(w.t, status.NotYetLink, puller.CheckLink(ctx, owner.clusterID))
+	})
+}
+
+// unlinking is a puller that begins to unlink from its owner while a pull of its own is under way, which takes some 8 s more.
+type unlinking struct {
+	owner, puller *node
+	src, dst      *memory
+	pull, unlink  *running
+}
+
+func (w *world) unlinking(patience time.Duration, change ...func(*Options)) *unlinking {
+	const size = 4 << 20
+	u := &unlinking{}
+	u.owner, u.puller = w.pair(change...)
+	u.src, u.dst = u.owner.allocate(rows(1, 1, size)).fill(1), u.puller.allocate(rows(1, 1, size))
+	w.slow(u.puller, u.owner, size/16)
+	u.pull = begin(func() error { return u.puller.pull(u.owner, byID(u.src, 0), u.dst, all()) })
+	w.pass(time.Second)
+	u.unlink = begin(func() error {
+		ctx, stop := within(patience)
+		defer stop()
+		return u.puller.UnlinkClusters(ctx, []Cluster{u.owner.cluster()}, false)[0]
+	})
+	w.pass(time.Millisecond)
+	return u
+}
+
+// calls are those that need a link, each within so long.
+func (u *unlinking) calls(patience time.Duration) map[string]func() error {
+	to, from := u.puller.allocate(rows(1, 1, 10)), u.owner.allocate(rows(1, 1, 10)).fill(3)
+	bounded := func(call func(ctx context.Context) error) func() error {
+		return func() error {
+			ctx, stop := within(patience)
+			defer stop()
+			return call(ctx)
+		}
+	}
+	return map[string]func() error{
+		"pull": bounded(func(ctx context.Context) error { return u.puller.pullWithin(ctx, u.owner, byID(from, 0), to, all()) }),
+		"push": bounded(func(ctx context.Context) error {
+			return u.puller.Push(ctx, &PushCall{Cluster: u.owner.id, Addrs: []uint64{uint64(from.addrs[0])}, Cache: to.id, Plan: all(), TensorsPerLayer: 1})
+		}),
+		"check": bounded(func(ctx context.Context) error { return u.puller.CheckLink(ctx, u.owner.id) }),
+	}
+}
+
+func TestALinkThatIsBeingUnlinkedIsBusyAtTheDeadline(t *testing.T) {
+	over(t, bubbles, func(w *world) {
+		u := w.unlinking(patient, older)
+		for name, call := range u.calls(time.Second / 2) {
+			began := time.Now()
+			e := requireCode(w.t, status.LinkBusy, call())
+			require.Equal(w.t, time.Second/2, time.Since(began), name)
+			require.Equal(w.t, u.owner.id, e.Peer)
+			require.Equal(w.t, u.owner.address, e.Address)
+		}
+		require.NoError(w.t, u.pull.wait())
+		require.NoError(w.t, u.unlink.wait())
+		u.dst.requireContent(u.src.content())
+	})
+}
+
+func TestCallsThatWaitForAnUnlinkHaveNoLinkAfterIt(t *testing.T) {
+	over(t, bubbles, func(w *world) {
+		u := w.unlinking(patient, older)
+		waiting := map[string]*running{}
+		for name, call := range u.calls(patient) {
+			waiting[name] = begin(call)
+		}
+		w.pass(time.Second)
+		for name, call := range waiting {
+			require.False(w.t, call.ended(), name)
+		}
+		require.NoError(w.t, u.pull.wait())
+		require.NoError(w.t, u.unlink.wait())
+		for _, call := range waiting {
+			requireCode(w.t, status.NotYetLink, call.wait())
+		}
+	})
+}
+
+func TestCallsThatWaitForAnUnlinkGoOnWhereTheLinkStays(t *testing.T) {
+	over(t, bubbles, func(w *world) {
+		u := w.unlinking(time.Second, older)
+		waiting := map[string]*running{}
+		for name, call := range u.calls(patient) {
+			waiting[name] = begin(call)
+		}
+		requireCode(w.t, status.LinkBusy, u.unlink.wait())
+		require.NoError(w.t, u.pull.wait())
+		for name, call := range waiting {
+			require.NoError(w.t, call.wait(), name)
+		}
+		require.NoError(w.t, u.puller.unlink(u.owner, false))
+	})
+}
+
+func TestAnEngineEndsWithoutThoseThatWaitForItsLinks(t *testing.T) {
+	over(t, bubbles, func(w *world) {
+		u := w.unlinking(patient, older)
+		waiting := begin(u.calls(patient)["pull"])
+		w.pass(time.Millisecond)
+		require.NoError(w.t, u.puller.Close())
+		for _, call := range []*running{waiting, u.pull, u.unlink} {
+			require.Error(w.t, call.wait())
+		}
+		u.puller.crash()
+	})
+}
+
+func TestInCacheManagerModeALinkThatIsBeingUnlinkedIsNone(t *testing.T) {
+	over(t, bubbles, func(w *world) {
+		u := w.unlinking(patient)
+		for name, call := range u.calls(time.Second) {
+			began := time.Now()
+			requireCode(w.t, status.NotYetLink, call())
+			require.Equal(w.t, time.Now(), began, name)
+		}
+		require.NoError(w.t, u.pull.wait())
+		require.NoError(w.t, u.unlink.wait())
 	})
 }
 

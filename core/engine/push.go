@@ -45,9 +45,9 @@ func (e *Engine) Push(ctx context.Context, call *PushCall) error {
 	if e.isOwn(call.Cluster) {
 		return status.New(status.ParamInvalid, status.StageCheck, "the own cluster is no destination of a push").At(call.Cluster, "")
 	}
-	l, err := e.linkTo(call.Cluster)
+	l, err := e.linkWithin(ctx, call.Cluster)
 	if err != nil {
-		return status.From(err, status.StageResolve).At(call.Cluster, "")
+		return unlinked(call.Cluster, err)
 	}
 	if err := e.checkPush(call, use.Entry()); err != nil {
 		return err

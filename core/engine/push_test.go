@@ -185,6 +185,8 @@ var pushRefusals = []pushRefusal{
 	{name: "too few addresses", code: status.ParamInvalid, stage: status.StageCheck, change: func(c *PushCall) { c.Addrs = make([]uint64, 3) }},
 	{name: "no addresses", code: status.ParamInvalid, stage: status.StageCheck},
 	{name: "local batch", code: status.ParamInvalid, stage: status.StageCheck, key: id(rowsID, 0), change: pushPlanned(func(p *plan.Request) { p.SrcBatch = 2 })},
+	{name: "local batch and unknown id", code: status.ParamInvalid, stage: status.StageCheck, key: id(99, 0),
+		change: pushPlanned(func(p *plan.Request) { p.SrcBatch = 2 })},
 	{name: "second row of local blocks", code: status.ParamInvalid, stage: status.StageCheck, key: id(rowsID, 0),
 		change: func(c *PushCall) { c.Cache, c.Plan.SrcBatch = blocksID, 1 }},
 	{name: "no size of blocks", code: status.ParamInvalid, stage: status.StageCheck, key: blocksKey(3), change: cutting(0, 0, 1)},

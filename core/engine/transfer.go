@@ -42,9 +42,10 @@ func (e *Engine) Pull(ctx context.Context, call *PullCall) error {
 
 // Pulling is a pull that has passed its checks. Advance may be called, then Finish exactly once, after which it is another pull's.
 type Pulling struct {
+	engine    *Engine
 	cluster   uint64
 	use       cache.Use
-	link      *link.Link
+	link      *link.Link // nil where Finish waits for it
 	request   transport.Request
 	local     transport.Local
 	operation transport.Operation // nil where the transport does all of it in Finish
@@ -55,12 +56,12 @@ var pullings = sync.Pool{New: func() any { return new(Pulling) }}
 // BeginPull makes the checks of a pull and sends its request, where the transport can do so without waiting.
 func (e *Engine) BeginPull(deadline time.Time, call *PullCall) (*Pulling, error) {
 	p := pullings.Get().(*Pulling)
-	p.cluster = call.Cluster
+	p.engine, p.cluster = e, call.Cluster
 	if err := e.destination(call, &p.use); err != nil {
 		p.recycle()
 		return nil, err
 	}
-	if err := p.begin(e, deadline, call); err != nil {
+	if err := p.begin(deadline, call); err != nil {
 		p.use.Release()
 		p.recycle()
 		return nil, err
@@ -69,13 +70,14 @@ func (e *Engine) BeginPull(deadline time.Time, call *PullCall) (*Pulling, error)
 }
 
 func (p *Pulling) recycle() {
-	p.link, p.operation, p.request, p.local = nil, nil, transport.Request{}, transport.Local{}
+	p.engine, p.link, p.operation, p.request, p.local = nil, nil, nil, transport.Request{}, transport.Local{}
 	pullings.Put(p)
 }
 
-func (p *Pulling) begin(e *Engine, deadline time.Time, call *PullCall) (err error) {
-	if p.link, err = e.linkTo(call.Cluster); err != nil {
-		return status.From(err, status.StageResolve).At(call.Cluster, "")
+func (p *Pulling) begin(deadline time.Time, call *PullCall) error {
+	l, missing := p.engine.linkTo(p.cluster)
+	if missing != nil && !p.engine.waitsForLinks() {
+		return unlinked(p.cluster, missing)
 	}
 	backing, err := p.use.Backing()
 	if err != nil {
@@ -84,7 +86,11 @@ func (p *Pulling) begin(e *Engine, deadline time.Time, call *PullCall) (err erro
 	entry := p.use.Entry()
 	p.request = transport.Request{Key: call.Key, Plan: call.Plan, Local: entry.Shape}
 	p.local = transport.Local{Addrs: entry.Addrs, Backing: backing}
-	beginner, ok := p.link.Session().(transport.Beginner)
+	if missing != nil {
+		return nil // Finish looks again, and waits
+	}
+	p.link = l
+	beginner, ok := l.Session().(transport.Beginner)
 	if !ok {
 		return nil
 	}
@@ -104,12 +110,24 @@ func (p *Pulling) Finish(ctx context.Context) error {
 	if p.operation != nil {
 		return p.explained(p.operation.Finish(ctx))
 	}
+	if p.link == nil {
+		var err error
+		if p.link, err = p.engine.linkWithin(ctx, p.cluster); err != nil {
+			return unlinked(p.cluster, err)
+		}
+	}
 	return p.explained(p.link.Session().Pull(ctx, &p.request, p.local))
 }
 
 func (p *Pulling) release() {
 	p.use.Release()
 	p.recycle()
+}
+
+// unlinked adds which cluster there is no link to.
+func unlinked(cluster uint64, err error) error {
+	failure := status.From(err, status.StageResolve)
+	return failure.At(cluster, failure.Address)
 }
 
 func (p *Pulling) explained(err error) error { return explained(p.link, p.cluster, err) }

@@ -207,8 +207,9 @@ type Link struct {
 	gone chan struct{} // closed when nothing of the link is left
 
 	// Guarded by manager.mu.
-	cause    error  // why it is dead; written once, before dead is closed
-	farewell string // why it is about to be retired in good order; "" while it serves
+	cause    error         // why it is dead; written once, before dead is closed
+	farewell string        // why it is about to be retired in good order; "" while it serves
+	stays    chan struct{} // closed when a farewell is taken back
 }
 
 // ClusterID returns the id that the peer reports of itself.

@@ -241,6 +241,40 @@ func (m *Manager) ListenAddress() string {
 func (m *Manager) Link(id uint64) (*Link, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	return m.find(id)
+}
+
+// Settled is Link, but waits while the link is being unlinked: until it is gone, or stays after all. Where ctx ends first it returns
+// LinkBusy.
+func (m *Manager) Settled(ctx context.Context, id uint64) (*Link, error) {
+	for {
+		m.mu.Lock()
+		l, err := m.find(id)
+		parting, stays := m.parting(id)
+		m.mu.Unlock()
+		if parting == nil {
+			return l, err
+		}
+		select {
+		case <-stays:
+		case <-parting.dead:
+		case <-ctx.Done():
+			return nil, status.New(status.LinkBusy, status.StageCheck, "the link is being unlinked").At(id, parting.peer.Address)
+		}
+	}
+}
+
+// parting returns the link to id if it lives and is being unlinked, and what is closed when it stays. The caller holds m.mu.
+func (m *Manager) parting(id uint64) (l *Link, stays <-chan struct{}) {
+	r := m.records[id]
+	if r == nil || r.link == nil || !r.link.lives() || r.link.farewell == "" {
+		return nil, nil
+	}
+	return r.link, r.link.stays
+}
+
+// find is Link. The caller holds m.mu.
+func (m *Manager) find(id uint64) (*Link, error) {
 	r := m.records[id]
 	why := "never linked"
 	if r != nil && r.link != nil {

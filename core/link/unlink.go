@@ -90,9 +90,16 @@ func (m *Manager) unlinkBoth(ctx context.Context, id uint64, address string, l *
 func (m *Manager) setFarewell(l *Link, text string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if l != nil && l.lives() {
-		l.farewell = text
+	if l == nil || !l.lives() {
+		return
 	}
+	switch {
+	case text != "" && l.farewell == "":
+		l.stays = make(chan struct{})
+	case text == "" && l.farewell != "":
+		close(l.stays)
+	}
+	l.farewell = text
 }
 
 // waitIdle waits until no operation of l is under way or l is dead; false when ctx ended first.

@@ -94,8 +94,8 @@ class Engine:
     def check_link_status(self, remote_cluster_id: int) -> int:
         """Ask the peer of a link for an answer, when nothing is under way on it. DECODER only.
 
-        Raises LLMException: LLM_NOT_YET_LINK; after llm.SyncKvCacheWaitTime LLM_LINK_BUSY where the link is still in use,
-        LLM_WAIT_PROCESS_TIMEOUT where the peer has not answered.
+        Raises LLMException: LLM_NOT_YET_LINK; after llm.SyncKvCacheWaitTime LLM_LINK_BUSY where the link is still in use or
+        being unlinked, LLM_WAIT_PROCESS_TIMEOUT where the peer has not answered.
         """
         raise_if_false(self._role == _DECODER, "only a DECODER checks links")
         with older_codes(OLDER_TIMEOUT):
