@@ -108,6 +108,22 @@ def test_each_entry_has_its_code(process, address, decoder, quiet):
     refused(decoder.check_link_status, 9, code=NOT_YET_LINK)
 
 
+@pytest.mark.parity("engine.link_clusters")
+@pytest.mark.parametrize("decoder", [{"fabric": "loopback"}], indirect=True)
+def test_there_are_512_links_at_most(decoder):
+    clusters = [cluster(NOBODY, 100 + number) for number in range(513)]
+    for first in range(0, 512, 16):
+        assert decoder.link_clusters(clusters[first : first + 16], 10_000) == (SUCCESS, [SUCCESS] * 16)
+    assert decoder.link_clusters(clusters[512:], 10_000) == (PARAM_INVALID, [])
+    assert decoder.link_clusters([clusters[0], clusters[512]], 10_000) == (PARAM_INVALID, [])
+    assert decoder.link_clusters([clusters[0]], 10_000) == (SUCCESS, [ALREADY])  # which makes none more
+    refused(decoder.check_link_status, 612, code=NOT_YET_LINK)
+    assert decoder.check_link_status(611) is None
+    clusters[5].remote_ip_info_list.clear()
+    assert decoder.unlink_clusters([clusters[5]], 10_000, True) == (SUCCESS, [SUCCESS])
+    assert decoder.link_clusters(clusters[512:], 10_000) == (SUCCESS, [SUCCESS])
+
+
 def test_one_call_links_at_a_time(process, address, decoder, quiet):
     with process.stopped():
         first = Background(decoder.link_clusters, [cluster(address, PROMPT)], 2000)

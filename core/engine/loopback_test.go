@@ -102,6 +102,42 @@ func TestOneSidedLoopbackLooksAtTheFlagOfBothEnds(t *testing.T) {
 	})
 }
 
+func TestThereAre512CommunicatorsAtMost(t *testing.T) {
+	over(t, []way{overBack}, func(w *world) {
+		n := w.node("n", 3, loopback)
+		link := func(peer uint64) error {
+			_, err := n.GroupLink("any", []GroupMember{{Cluster: 3, Rank: 0}, {Cluster: peer, Rank: 1}}, `{"server_list":[{"device":[{}]}]}`)
+			return err
+		}
+		for peer := range uint64(mostGroups) {
+			require.NoError(w.t, link(100+peer))
+		}
+		require.Equal(w.t, 512, n.LiveLinks())
+		requireCode(w.t, status.ParamInvalid, link(99))
+		require.Equal(w.t, 512, n.LiveLinks())
+		require.NoError(w.t, n.groupUnlink(17))
+		require.NoError(w.t, link(99), "one that was unlinked doesn't count")
+		requireCode(w.t, status.ParamInvalid, link(98))
+	})
+}
+
+// Cache-manager mode has no limit on links: neither on those of one call nor on all (spec §7.6).
+func TestOneCallMayLinkMoreClustersThanTheOlderModeHolds(t *testing.T) {
+	over(t, []way{overBack}, func(w *world) {
+		n := w.node("n", 3, loopback)
+		var clusters []Cluster
+		for id := range uint64(600) {
+			clusters = append(clusters, w.nobody(100+id).cluster())
+		}
+		ctx, stop := within(patient)
+		defer stop()
+		for _, err := range n.LinkClusters(ctx, clusters) {
+			require.NoError(w.t, err)
+		}
+		require.Equal(w.t, len(clusters), n.LiveLinks())
+	})
+}
+
 func TestLoopbackGroupsAreOKAtOnce(t *testing.T) {
 	over(t, []way{overBack}, func(w *world) {
 		n, peer := w.node("n", 3, loopback), w.nobody(2)

@@ -133,12 +133,7 @@ class Engine:
             wrong = f"each cluster needs {self.devices} local and remote addresses, one for each device"
         elif any(each["local"] != clusters[0]["local"] for each in clusters):
             wrong = "the local addresses should be the same for all clusters"
-        elif len(self.native.links()) + len(clusters) > MOST_LINKS:
-            wrong = f"there would be more than {MOST_LINKS} links"
-        if not wrong:
-            return _SUCCESS
-        log.error("link_clusters: %s", wrong)
-        return LLMStatusCode.LLM_PARAM_INVALID
+        return _refused(wrong) if wrong else _SUCCESS
 
     def _in_turn(self, timeout: int, call: Callable[[int], Result]) -> Result:
         """Make one call at a time, with the ms that are left of timeout."""
@@ -151,6 +146,10 @@ class Engine:
             self._turn.release()
 
     def _link(self, clusters: Sequence[dict[str, Any]], timeout: int) -> Result:
+        linked = {link["cluster"] for link in self.native.links()}
+        unnamed = sum(each["id"] is None for each in clusters)
+        if unnamed + len(linked | {each["id"] for each in clusters if each["id"] is not None}) > MOST_LINKS:
+            return int(_refused(f"there would be more than {MOST_LINKS} links")), []
         codes: list[LLMStatusCode] = [LLMStatusCode.LLM_REPEAT_REQUEST] * len(clusters)
         firsts: dict[Any, int] = {}
         for index, each in enumerate(clusters):
@@ -181,6 +180,11 @@ class Engine:
             address, remote = address.rpartition(":")[0], [each.rpartition(":")[0] for each in remote]
         fits = remote == [address] or (not remote and (force or self._role == _PROMPT))
         return _SUCCESS if fits else LLMStatusCode.LLM_PARAM_INVALID
+
+
+def _refused(wrong: str) -> LLMStatusCode:
+    log.error("link_clusters: %s", wrong)
+    return LLMStatusCode.LLM_PARAM_INVALID
 
 
 def _overall(codes: list[LLMStatusCode], harmless: LLMStatusCode, failed: LLMStatusCode) -> Result:
