@@ -28,7 +28,7 @@ import (
 //	                        <-      ROSTER, when all members are there; or REFUSE, when the root gives up
 //
 // A member whose connection ends before all have come has left, and may come again; one that has lost the roster asks again. Nothing is
-// kept of whoever is refused.
+// kept of whoever is refused, and a place has no more than two connections that are answered.
 
 const (
 	// How long a member waits before it announces itself again: at first, and at most.
@@ -37,6 +37,8 @@ const (
 	// MaxMeeting bounds the members of a group, and mostMeetingName the bytes of its name (128 characters at most 4 bytes each).
 	MaxMeeting      = 16
 	mostMeetingName = 512
+	// Connections of one member that are answered at a time: the one that has lost the roster, and the one that asks for it again.
+	mostAnswered = 2
 )
 
 // Meeting is what the members of a group must agree on.
@@ -157,10 +159,11 @@ type Gathering struct {
 	full    chan struct{}  // closed when the last member has come
 
 	// Guarded by hub.mu.
-	seats   []*Attendee // by the place in meeting.Members; nil: not there
-	missing int
-	closed  bool
-	heard   string // of somebody who meant this group and does not belong to it
+	seats    []*Attendee // by the place in meeting.Members; nil: not there
+	answered []int       // connections of each
+	missing  int
+	closed   bool
+	heard    string // of somebody who meant this group and does not belong to it
 }
 
 // Gather lets the members of a group come together at address. self is the root, which is there. Every group that gathers at one
@@ -169,7 +172,7 @@ type Gathering struct {
 // that have not received the roster whole can ask again.
 func (m *Manager) Gather(address string, meeting Meeting, self Attendee) (*Gathering, error) {
 	self.Incarnation = m.incarnation
-	g := &Gathering{meeting: meeting, full: make(chan struct{}), seats: make([]*Attendee, len(meeting.Members)), missing: len(meeting.Members)}
+	g := newGathering(meeting)
 	if place := g.placeOf(&self); place >= 0 {
 		g.seats[place] = &self
 		g.missing--
@@ -178,6 +181,14 @@ func (m *Manager) Gather(address string, meeting Meeting, self Attendee) (*Gathe
 		return nil, status.Newf(status.Failed, status.StageCheck, "listen at %s: %w", address, err)
 	}
 	return g, nil
+}
+
+// newGathering makes a gathering to which nobody has come.
+func newGathering(meeting Meeting) *Gathering {
+	members := len(meeting.Members)
+	return &Gathering{
+		meeting: meeting, full: make(chan struct{}), seats: make([]*Attendee, members), answered: make([]int, members), missing: members,
+	}
 }
 
 // Wait waits until all members are there. When ctx ends first the error names who is missing.
@@ -335,7 +346,7 @@ func (h *hub) admit(c *conn) {
 	h.tasks.Go(func() {
 		defer func() { _ = c.Close() }()
 		if g, place := h.receive(c, element); g != nil {
-			defer g.seated.Done()
+			defer g.leave(place)
 			g.serve(c, place)
 		}
 	})
@@ -408,7 +419,12 @@ func (h *hub) seat(said announcement) (*Gathering, int, error) {
 			why = "the place in the group is taken"
 			continue
 		}
+		if again && g.answered[place] >= mostAnswered {
+			why = "the member is being told the roster"
+			continue
+		}
 		g.seated.Add(1)
+		g.answered[place]++
 		if !again {
 			g.take(place, &said.Attendee)
 		}
@@ -443,6 +459,14 @@ func (g *Gathering) serve(c *conn, place int) {
 		_, err := c.Write(answer)
 		return err
 	})
+}
+
+// leave ends what seat has begun.
+func (g *Gathering) leave(place int) {
+	g.hub.mu.Lock()
+	g.answered[place]--
+	g.hub.mu.Unlock()
+	g.seated.Done()
 }
 
 // waitQuietly waits until ctx ends, and returns nil then; an error when the other end leaves first, or sends anything.

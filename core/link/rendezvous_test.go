@@ -7,13 +7,16 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
 // duo is a meeting of the clusters 1, the root, and 2.
@@ -117,6 +120,85 @@ func TestSilentStrangersAtARendezvousAddressAreBounded(t *testing.T) {
 		sayTo(t, address, []byte(magic[:4]))
 	}
 	member.bring(root, g, address) // all places are taken, and yet
+}
+
+// pipes is a network on which a write waits until it is read.
+type pipes struct {
+	Network
+	conns chan net.Conn
+}
+
+func (p *pipes) Listen(string) (net.Listener, error) {
+	return pipeListener{p.conns, make(chan struct{})}, nil
+}
+
+func (p *pipes) Prover() Prover { return nil }
+
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+func (l pipeListener) Close() error { close(l.closed); return nil }
+
+func (l pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (l pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// say sends what is read at the other end.
+func (p *pipes) say(t *testing.T, said []byte) *conn {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	p.conns <- theirs
+	_, err := ours.Write(said)
+	require.NoError(t, err)
+	return new(Descriptors).own(ours)
+}
+
+func TestMemberThatAnnouncesItselfAgainAndAgainIsAnsweredOnceAtATime(t *testing.T) {
+	check(t)
+	synctest.Test(t, func(t *testing.T) {
+		network := &pipes{conns: make(chan net.Conn)}
+		root, err := NewManager(Config{Network: network, Attach: func(Peer, []transport.Conn) (Attached, error) { return Attached{}, io.EOF }})
+		require.NoError(t, err)
+		g, err := root.Gather(somewhere, duo, rootOfDuo)
+		require.NoError(t, err)
+		said := announcing(func(*announcement) {})
+		var deaf []*conn
+		for range mostAnswered {
+			deaf = append(deaf, network.say(t, said))
+			synctest.Wait()
+		}
+		goroutines := runtime.NumGoroutine()
+		for range 3 * maxHandshakes {
+			c := network.say(t, said)
+			_, err := readAnswer(c, intentAnnounce)
+			require.ErrorContains(t, err, "being told the roster")
+			require.NoError(t, c.Close())
+		}
+		synctest.Wait()
+		require.LessOrEqual(t, runtime.NumGoroutine(), goroutines)
+		time.Sleep(helloTimeout + drainFor) // virtual time: those that read nothing are let go
+		synctest.Wait()
+		c := network.say(t, said)
+		_, err = readAnswer(c, intentAnnounce)
+		require.NoError(t, err)
+		var all roster
+		require.NoError(t, readFrame(c, frameRoster, &all))
+		require.NoError(t, all.check(&duo))
+		g.Close()
+		for _, c := range append(deaf, c) {
+			require.NoError(t, c.Close())
+		}
+		require.NoError(t, root.Close())
+	})
 }
 
 func TestMemberThatTalksOutOfTurnLosesItsPlace(t *testing.T) {
@@ -300,10 +382,10 @@ func FuzzAnnouncement(f *testing.F) {
 			return
 		}
 		require.NotContains(t, a.Attendee.Address, "\n")
-		h := &hub{gatherings: []*Gathering{{meeting: duo, seats: make([]*Attendee, 2), missing: 3}}}
+		h := &hub{gatherings: []*Gathering{newGathering(duo)}}
 		if g, place, err := h.seat(a); err == nil {
 			require.Equal(t, duo.Members[place], Member{a.Attendee.Cluster, a.Attendee.Rank})
-			require.Equal(t, 2, g.missing)
+			require.Equal(t, 1, g.missing)
 		}
 	})
 }
