@@ -7,19 +7,15 @@ import json
 import socket
 from typing import Any
 
-import pytest
-
+import peers
 from llm_datadist import LLMException, LLMStatusCode, RegisterMemStatus
-from peers import wait_until
 
 PREPARING = RegisterMemStatus.PREPARING
 
 
 def refused(call: Any, *args: Any, code: LLMStatusCode = LLMStatusCode.LLM_NOT_YET_LINK) -> LLMException:
-    with pytest.raises(LLMException) as failure:
-        call(*args)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
+    """As peers.refused, which most calls here are for want of a link."""
+    return peers.refused(call, *args, code=code)
 
 
 def refused_address() -> tuple[socket.socket, str]:
@@ -41,5 +37,8 @@ def join(end: Any, *clusters: int, name: str = "group", text: str | None = None)
 
 
 def become(end: Any, comm_id: int, wanted: RegisterMemStatus) -> None:
-    state = wait_until(lambda: (now := end.ask("query_register_mem_status", comm_id)) is not PREPARING and now, "it is prepared")
-    assert state is wanted
+    def prepared() -> Any:
+        state = end.ask("query_register_mem_status", comm_id)
+        return state is not PREPARING and state
+
+    assert peers.wait_until(prepared, "it is prepared") is wanted

@@ -30,7 +30,19 @@ from typing import Any, Callable
 
 import numpy as np
 
-from llm_datadist import Cache, CacheDesc, DataType, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, Placement, _native
+from llm_datadist import (
+    Cache,
+    CacheDesc,
+    DataType,
+    LLMClusterInfo,
+    LLMConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    Placement,
+    _native,
+)
 
 SUBJECT = Path(__file__).resolve()
 ANSWER_SECONDS = 60.0  # no answer of a peer is expected to take a tenth of it, on any machine
@@ -92,6 +104,24 @@ def cluster(address: str, cluster_id: int | None, local: str | None = "127.0.0.1
     ip, port = address.split(":")
     info.append_remote_ip_info(ip, int(port))
     return info
+
+
+def refused(
+    call: Callable[..., Any],
+    *args: Any,
+    error: type[Exception] = LLMException,
+    code: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID,
+    **kwargs: Any,
+) -> Any:
+    """Return the error that a call has to raise: one of just this class, and with this code where it is an LLMException."""
+    try:  # without pytest, which a peer would have to load
+        call(*args, **kwargs)
+    except error as failure:
+        assert type(failure) is error
+        if error is LLMException:
+            assert failure.status_code is code, failure
+        return failure
+    raise AssertionError(f"{call} was not refused")
 
 
 class End:

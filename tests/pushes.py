@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 
-from llm_datadist import CacheKeyByIdAndIndex, LayerSynchronizer, LLMException, LLMStatusCode
+from llm_datadist import CacheKeyByIdAndIndex, LayerSynchronizer, LLMStatusCode
 from peers import End, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
@@ -50,13 +49,6 @@ def arrived(end: Any, name: str, rows: dict[tuple[int, int], Any]) -> None:
             if at == tensor:
                 wanted[row, : len(new)] = new
         assert np.array_equal(content, wanted.reshape(-1)), f"tensor {tensor}"
-
-
-def refused(call: Any, *args: Any, code: LLMStatusCode = PARAM_INVALID, **kwargs: Any) -> LLMException:
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 class Ready(LayerSynchronizer):

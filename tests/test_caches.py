@@ -21,7 +21,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import ADDRESS, POOL, End, Peer, desc, options, pattern
+from peers import ADDRESS, POOL, End, Peer, desc, options, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -36,15 +36,6 @@ PAGE = 1 << 16
 HOST = Placement.HOST
 ONE_TENSOR = desc([2, 4])
 KEY = CacheKey(OWNER, req_id=1)
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, ramp, wait_until
+from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -60,13 +60,6 @@ def link(local, owner, **settings):
 
 def by_id(cache_id, batch=0):
     return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
-
-
-def refused(call, *args, code, **kwargs):
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 def add_small(local, owner):

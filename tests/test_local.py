@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_datadist import Cache, CacheKey, LLMException, LLMStatusCode, Placement
-from peers import End, desc, pattern
+from peers import End, desc, pattern, refused
 
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
@@ -29,15 +29,6 @@ def end():
 
 def rows(end, name, number, shape, count=1, **kwargs):
     end.add(name, desc(shape, tensors=count, placement=kwargs.pop("placement", DEVICE)), number, **kwargs)
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 def moved(end, name, moves, tensor=0, number=TARGET):

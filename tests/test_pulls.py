@@ -20,7 +20,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import Background, End, Peer, desc, pattern
+from peers import Background, End, Peer, desc, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -79,15 +79,6 @@ def one_sided(process):
 def tensors(number, shape, count=1):
     size = int(np.prod(shape))
     return [pattern(number, tensor, size) for tensor in range(count)]
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 def refused_unchanged(local, name, call, *args, **kwargs):

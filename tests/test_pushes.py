@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm_datadist import BlocksCacheKey, Cache, CacheKey, CacheKeyByIdAndIndex, LLMException
-from peers import Background, End, Peer, desc, ramp, wait_until
+from peers import Background, End, Peer, desc, ramp, refused, wait_until
 from pushes import (
     FAILED,
     NOT_EXIST,
@@ -24,7 +24,6 @@ from pushes import (
     arrived,
     by_id,
     linked,
-    refused,
     source,
 )
 

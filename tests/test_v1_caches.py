@@ -37,10 +37,9 @@ from older import (
     content,
     fill,
     opened,
-    refused,
     several,
 )
-from peers import ADDRESS, Peer, cluster, desc, pattern
+from peers import ADDRESS, Peer, cluster, desc, pattern, refused
 
 ENABLED = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
 FAILED = LLMStatusCode.LLM_FAILED

@@ -15,8 +15,8 @@ import llm_datadist
 import llm_datadist_v1
 from llm_datadist import CacheKey, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.v2.config import ClusterConfig, EngineConfig
-from older import DECODER, KEY, NOT_YET_LINK, OFFER, PARAM_INVALID, PROMPT, SERVE, SUCCESS, opened, refused, settings, several
-from peers import ADDRESS, Background, Peer, cluster, desc, wait_until
+from older import DECODER, KEY, NOT_YET_LINK, OFFER, PARAM_INVALID, PROMPT, SERVE, SUCCESS, opened, settings, several
+from peers import ADDRESS, Background, Peer, cluster, desc, refused, wait_until
 
 ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 BUSY = LLMStatusCode.LLM_LINK_BUSY

@@ -45,9 +45,8 @@ from older import (
     content,
     fill,
     opened,
-    refused,
 )
-from peers import ADDRESS, Background, Peer, cluster, desc, pattern
+from peers import ADDRESS, Background, Peer, cluster, desc, pattern, refused
 
 
 @pytest.fixture(scope="module")
