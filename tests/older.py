@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from llm_datadist import CacheKey, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, LLMStatusCode
 from peers import ADDRESS, memory_at, pattern
 
@@ -64,6 +66,13 @@ def opened(role, cluster_id=DECODER, **given):
     engine = LLMDataDist(role, cluster_id)
     engine.init(settings(role, **given))
     return engine
+
+
+@pytest.fixture
+def decoder(request):
+    engine = opened(LLMRole.DECODER, **getattr(request, "param", {}))
+    yield engine
+    engine.finalize()
 
 
 def content(cache, tensor=0, device=0):

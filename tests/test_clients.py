@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm_datadist import BlocksCacheKey, CacheKey, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, memory_at, options, pattern, refused
+from peers import ADDRESS, Background, Peer, desc, memory_at, options, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
@@ -18,25 +18,6 @@ THEIRS, OURS = 1, 2
 TARGET = 50  # number of the destination's pattern
 BLOCKS, BLOCK = 64, 4096  # of a cache: blocks, and bytes of one
 MODELS = 3
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local(transport):
-    end = End()
-    yield end
-    end.close()
 
 
 def link(local, owner, **settings):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, ramp, refused, wait_until
+from peers import ADDRESS, Background, Peer, desc, memory_at, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -30,25 +30,6 @@ SOURCE, TARGET = 1, 50  # numbers of patterns
 SMALL = [2, 4096]
 LARGE = 1 << 28
 LATE = 10 * 0.1  # seconds: ten times the promised 100 ms after the deadline
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def local(transport):
-    end = End()
-    yield end
-    end.close()
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
 
 
 def link(local, owner, **settings):
@@ -372,7 +353,7 @@ def test_a_stopped_peer_does_not_keep_another_one(local, owner):
 
 
 @pytest.mark.parity("failure.transport")
-def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local):
+def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local, transport):
     size = 1 << 26
     right = {life: ramp(life, 0, size) for life in range(3)}
     address = ADDRESS
@@ -400,7 +381,7 @@ def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for
             assert local.checksum("d") == settled
 
 
-def test_a_puller_that_dies_in_the_middle_releases_nothing(local):
+def test_a_puller_that_dies_in_the_middle_releases_nothing(local, transport):
     address = local.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {SIZE}}}')  # there is room for one
     key = CacheKey(THEIRS, req_id=1)
     right = ramp(SOURCE, 0, SIZE)

@@ -39,11 +39,6 @@ def moved(end, name, moves, tensor=0, number=TARGET):
     assert np.array_equal(got, wanted)
 
 
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    return request.param
-
-
 # --- copy_cache
 
 

@@ -20,7 +20,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import Background, End, Peer, desc, pattern, refused
+from peers import Background, End, desc, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -43,12 +43,6 @@ def prefix(n, model_id=0):
 
 def by_id(cache_id, batch=0):
     return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
 
 
 def linked(process, **settings):
@@ -99,11 +93,6 @@ def moved(local, name, moves, tensor=0):
 
 
 # --- worked examples of the specification, each with every way to hold the memory
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    return request.param
 
 
 @pytest.mark.parity("manager.pull_cache")

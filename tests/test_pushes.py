@@ -30,12 +30,6 @@ from pushes import (
 BLOCKS = BlocksCacheKey(THEIRS)
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
 @pytest.fixture
 def ends(process):
     """The end that pushes, here, and the one that is pushed to, in another process; one-sided."""
@@ -43,11 +37,6 @@ def ends(process):
     yield local, process
     local.close()
     process.close()
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    return request.param
 
 
 # --- which bytes arrive

@@ -24,7 +24,7 @@ import pytest
 import living_host
 from living_host import inside
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, pattern, ramp, wait_until
+from peers import ADDRESS, Background, Peer, desc, pattern, ramp, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -55,22 +55,8 @@ def by_id(cache_id, batch=0):
 
 
 @pytest.fixture(scope="module")
-def process():
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local():
-    end = End()
-    yield end
-    end.close()
+def transport():
+    """None is required: the ends choose to share memory."""
 
 
 @pytest.fixture(params=[False, True], ids=["registered", "owned"])
@@ -345,9 +331,9 @@ def test_a_deadline_in_the_middle_of_a_copy_ends_it(local, owner, owned):
 
 
 @pytest.mark.parametrize("folder", ["/dev/shm", "disk"])
-def test_a_destination_file_that_is_truncated_gets_an_error_and_no_signal(process, local, tmp_path, owned, folder):
+def test_a_destination_file_that_is_truncated_gets_an_error_and_no_signal(remote, local, tmp_path, owned, folder):
     """The process that pulls is another one: a store beyond the end of a file would kill it."""
-    owner, puller, size = local, process, 1 << 25
+    owner, puller, size = local, remote, 1 << 25
     with tempfile.NamedTemporaryFile(dir=tmp_path if folder == "disk" else folder) as file:
         file.truncate(size)
         address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {2 * size}}}')
@@ -393,7 +379,6 @@ def test_a_destination_file_that_is_truncated_gets_an_error_and_no_signal(proces
                 break
         assert ends["truncated"], ends
         whole()
-        puller.close()
 
 
 TAKEN_AWAY = {
@@ -403,9 +388,9 @@ TAKEN_AWAY = {
 
 
 @pytest.mark.parametrize("how", TAKEN_AWAY)
-def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(process, local, owned, how):
+def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(remote, local, owned, how):
     """The process that pulls is another one: a plain store to such memory would kill it."""
-    owner, puller, size = local, process, 1 << 20
+    owner, puller, size = local, remote, 1 << 20
     address = owner.open(THEIRS)
     owner.add("s", desc([4, size // 4]), SOURCE, BLOCKS, blocks=True, owned=owned)
     puller.open(OURS, listen=None)
@@ -431,7 +416,6 @@ def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(process, l
         puller.fill("good", TARGET)
         puller.manage("pull_blocks", BLOCKS, "good", EVERY, EVERY)
         assert is_pattern(puller.content("good")[0], SOURCE)
-    puller.close()
 
 
 def test_a_source_file_that_its_owner_truncates_is_an_error(local, owner, tmp_path):
@@ -542,10 +526,10 @@ def test_pulls_of_memory_that_is_used_again_and_again_get_no_other_bytes(local, 
 
 
 @pytest.mark.parametrize("how", [*REUSE, "withdrawn"])
-def test_a_pull_that_stands_still_while_its_source_changes_hands_gets_no_other_bytes(local, process, how):
+def test_a_pull_that_stands_still_while_its_source_changes_hands_gets_no_other_bytes(local, remote, how):
     """It finds out, asks what the key means by now, and begins again."""
     size = 1 << 26
-    owner, puller = local, process
+    owner, puller = local, remote
     address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {size}}}')
     puller.open(OURS, listen=None, sync_kv_timeout=60_000)
     assert puller.link(address, THEIRS) is SUCCESS
@@ -581,14 +565,13 @@ def test_a_pull_that_stands_still_while_its_source_changes_hands_gets_no_other_b
                 owner.add("s", desc([4, size // 4]), new, BLOCKS, blocks=True, owned=owned, content=ramp)
             if midway == 3:
                 break
-    puller.close()
     assert midway, "no pull was stopped in the middle"
 
 
-def test_a_pull_that_stands_still_beyond_its_lease_fails(local, process):
+def test_a_pull_that_stands_still_beyond_its_lease_fails(local, remote):
     """The owner takes the memory back one second after the deadline, whatever the puller does."""
     size = 1 << 26
-    owner, puller = local, process
+    owner, puller = local, remote
     address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {size}}}')
     puller.open(OURS, listen=None, sync_kv_timeout=500)
     assert puller.link(address, THEIRS) is SUCCESS
@@ -613,7 +596,6 @@ def test_a_pull_that_stands_still_beyond_its_lease_fails(local, process):
         else:
             pytest.fail("no pull was stopped in the middle")
         refused(call.result, code=TIMEOUT)
-    puller.close()
 
 
 def room_for_another(owner, size):

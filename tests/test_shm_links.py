@@ -17,7 +17,7 @@ import pytest
 import living_host
 from living_host import inside
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMStatusCode
-from peers import ADDRESS, End, Peer, desc, pattern, refused, wait_until
+from peers import ADDRESS, Peer, desc, pattern, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
@@ -36,22 +36,8 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 
 @pytest.fixture(scope="module")
-def process():
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local():
-    end = End()
-    yield end
-    end.close()
+def transport():
+    """None is required: the ends choose to share memory."""
 
 
 def link(puller, owner, **settings):

@@ -62,12 +62,6 @@ def gates():
     gates.open(*range(LAYERS))  # a test that fails must not leave the thread
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
 @pytest.fixture
 def two_sided(process):
     local = linked(process)
@@ -124,7 +118,6 @@ def row(tensor, at=0):
 # --- by raw addresses
 
 
-@pytest.mark.parametrize("owned", [False, True], ids=["registered", "owned"])
 def test_rows_go_to_addresses(two_sided, owned):
     local, owner = two_sided
     local.add("s", desc([2, ROW], tensors=TENSORS), SOURCE, owned=owned)

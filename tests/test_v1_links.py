@@ -16,7 +16,7 @@ import llm_datadist_v1
 from llm_datadist import CacheKey, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.v2.config import ClusterConfig, EngineConfig
 from older import DECODER, KEY, NOT_YET_LINK, OFFER, PARAM_INVALID, PROMPT, SERVE, SUCCESS, opened, settings, several
-from peers import ADDRESS, Background, Peer, cluster, desc, refused, wait_until
+from peers import ADDRESS, Background, cluster, desc, refused, wait_until
 
 ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 BUSY = LLMStatusCode.LLM_LINK_BUSY
@@ -34,25 +34,11 @@ NOBODY = "127.0.0.1:1"
 PACKAGES = pytest.mark.parametrize("package", [llm_datadist, llm_datadist_v1], ids=lambda package: package.__name__)
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
 @pytest.fixture
-def address(process):
+def address(remote):
     """Where the prompt listens."""
-    yield process.run(SERVE)
-    process.run("del end.kv_caches[:]")
-    process.close()
-
-
-@pytest.fixture
-def decoder(request):
-    engine = opened(LLMRole.DECODER, **getattr(request, "param", {}))
-    yield engine
-    engine.finalize()
+    yield remote.run(SERVE)
+    remote.run("del end.kv_caches[:]")
 
 
 # --- link_clusters
