@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of links and of groups share."""
+"""Links between two ends, and what the tests of links and of groups share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ import peers
 from llm_datadist import LLMException, LLMStatusCode, RegisterMemStatus
 
 PREPARING = RegisterMemStatus.PREPARING
+
+THEIRS, OURS = 1, 2  # cluster ids: of an owner, and of the end that pulls from it or pushes to it
+
+
+def link(initiator: Any, owner: Any, **settings: Any) -> str:
+    """Open two ends with the same settings, link the initiator to the owner, and return the owner's address."""
+    address: str = owner.open(THEIRS, **settings)
+    initiator.open(OURS, listen=None, **settings)
+    assert initiator.link(address, THEIRS) is LLMStatusCode.LLM_SUCCESS
+    return address
+
+
+def link_over_shm(initiator: Any, owner: Any, **settings: Any) -> str:
+    """As link, and see that the two, which are free to choose, share memory."""
+    address = link(initiator, owner, **settings)
+    assert initiator.told(THEIRS)["transport"] == "shm"
+    return address
 
 
 def refused(call: Any, *args: Any, code: LLMStatusCode = LLMStatusCode.LLM_NOT_YET_LINK) -> LLMException:

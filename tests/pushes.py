@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of pushes share: two linked ends, and what has to have arrived at the one that is pushed to."""
+"""What the tests of pushes share: their keys, and what has to have arrived at the end that is pushed to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from links import THEIRS
 from llm_datadist import CacheKeyByIdAndIndex, LayerSynchronizer, LLMStatusCode
-from peers import End, pattern
+from peers import pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -17,17 +18,7 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
-THEIRS, OURS = 1, 2  # cluster ids; a push goes from ours to theirs
 SOURCE, TARGET = 1, 50  # numbers of patterns
-
-
-def linked(process: Any, **settings: Any) -> End:
-    """Open both ends and link the one in this process, which is returned, to the other one."""
-    local = End()
-    address = process.open(THEIRS, **settings)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
-    return local
 
 
 def by_id(cache_id: int, batch: int = 0) -> CacheKeyByIdAndIndex:

@@ -8,22 +8,16 @@ import asyncio
 import numpy as np
 import pytest
 
+from links import OURS, THEIRS, link
 from llm_datadist import BlocksCacheKey, CacheKey, LLMStatusCode
 from peers import ADDRESS, Background, Peer, desc, memory_at, options, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 
-THEIRS, OURS = 1, 2
 TARGET = 50  # number of the destination's pattern
 BLOCKS, BLOCK = 64, 4096  # of a cache: blocks, and bytes of one
 MODELS = 3
-
-
-def link(local, owner, **settings):
-    address = owner.open(THEIRS, **settings)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
 
 
 def offer(local, owner):

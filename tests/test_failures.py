@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 import pytest
 
+from links import OURS, THEIRS, link
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
 from peers import ADDRESS, Background, Peer, desc, memory_at, pattern, ramp, refused, wait_until
 
@@ -25,18 +26,10 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
-THEIRS, OURS = 1, 2
 SOURCE, TARGET = 1, 50  # numbers of patterns
 SMALL = [2, 4096]
 LARGE = 1 << 28
 LATE = 10 * 0.1  # seconds: ten times the promised 100 ms after the deadline
-
-
-def link(local, owner, **settings):
-    address = owner.open(THEIRS)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
-    return address
 
 
 def by_id(cache_id, batch=0):

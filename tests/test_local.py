@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_datadist import Cache, CacheKey, LLMException, LLMStatusCode, Placement
-from peers import End, desc, pattern, refused
+from peers import desc, pattern, refused
 
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
@@ -20,11 +20,9 @@ SOURCE, TARGET = 1, 50  # numbers of patterns
 
 
 @pytest.fixture
-def end():
-    made = End()
-    made.open(1, listen=None)
-    yield made
-    made.close()
+def end(local):
+    local.open(1, listen=None)
+    return local
 
 
 def rows(end, name, number, shape, count=1, **kwargs):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from links import OURS, THEIRS, link
 from llm_datadist import (
     BlocksCacheKey,
     Cache,
@@ -20,14 +21,13 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import Background, End, desc, pattern, refused
+from peers import Background, desc, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 
-THEIRS, OURS = 1, 2  # cluster ids; a pull goes from theirs to ours
 U64MAX = 2**64 - 1
 SOURCE, TARGET = 1, 50  # numbers of patterns
 BY_BLOCKS = BlocksCacheKey(THEIRS)
@@ -45,29 +45,17 @@ def by_id(cache_id, batch=0):
     return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
-def linked(process, **settings):
-    local = End()
-    address = process.open(THEIRS, **settings)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
-    return local, process, address
-
-
 @pytest.fixture
-def ends(process):
+def ends(owner, local):
     """The end that pulls, here, and the owner, in another process; two-sided."""
-    local, owner, _ = linked(process)
-    yield local, owner
-    local.close()
-    owner.close()
+    link(local, owner)
+    return local, owner
 
 
 @pytest.fixture
-def one_sided(process):
-    local, owner, _ = linked(process, one_sided=True)
-    yield local, owner
-    local.close()
-    owner.close()
+def one_sided(owner, local):
+    link(local, owner, one_sided=True)
+    return local, owner
 
 
 def tensors(number, shape, count=1):
@@ -460,8 +448,8 @@ def test_a_request_beyond_a_control_frame_is_refused(refusing):
             moved(local, "blocks", {4: tensors(SOURCE, [4, 4])[0][4:8]})
 
 
-def test_a_failure_says_who_where_and_why_and_survives_pickling(process):
-    local, owner, address = linked(process)
+def test_a_failure_says_who_where_and_why_and_survives_pickling(local, owner):
+    address = link(local, owner)
     local.add("d", desc([2, 4]), TARGET)
     failure = refused(local.manage, "pull_cache", key(3), "d", code=NOT_EXIST)
     fields = ("status_code", "operation", "peer", "address", "stage", "cause", "hint", "args")
@@ -471,8 +459,6 @@ def test_a_failure_says_who_where_and_why_and_survives_pickling(process):
     again = pickle.loads(pickle.dumps(failure))
     assert type(again) is LLMException
     assert [getattr(again, name) for name in fields] == [getattr(failure, name) for name in fields]
-    local.close()
-    owner.close()
 
 
 # --- block lists

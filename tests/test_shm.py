@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import living_host
+from links import OURS, THEIRS, link_over_shm
 from living_host import inside
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
 from peers import ADDRESS, Background, Peer, desc, pattern, ramp, wait_until
@@ -37,7 +38,6 @@ DEAD = (FAILED, NOT_YET_LINK)
 
 pytestmark = pytest.mark.usefixtures("quiet")  # peers die here, on purpose
 
-THEIRS, OURS = 1, 2  # cluster ids; a pull goes from theirs to ours
 SOURCE, TARGET = 1, 50  # numbers of patterns
 BLOCKS = BlocksCacheKey(THEIRS)
 EVERY = [0, 1, 2, 3]
@@ -53,7 +53,6 @@ def by_id(cache_id, batch=0):
     return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
-
 @pytest.fixture(scope="module")
 def transport():
     """None is required: the ends choose to share memory."""
@@ -63,15 +62,6 @@ def transport():
 def owned(request):
     """Whether the source is memory of the owner's pool, which peers map, or private memory, which the kernel reads for them."""
     return request.param
-
-
-def link(puller, owner, **settings):
-    """Link two ends that are free to choose, see that they share memory, and return the owner's address."""
-    address = owner.open(THEIRS, **settings)
-    puller.open(OURS, listen=None, **settings)
-    assert puller.link(address, THEIRS) is SUCCESS
-    assert puller.told(THEIRS)["transport"] == "shm"
-    return address
 
 
 def refused(call, *args, code, **kwargs):
@@ -123,7 +113,7 @@ def take(local, name, description, into, blocks=False):
 @pytest.mark.parametrize("into", INTO)
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
 def test_every_pull_moves_every_byte_into_any_memory(local, owner, owned, one_sided, into):
-    link(local, owner, one_sided=one_sided)
+    link_over_shm(local, owner, one_sided=one_sided)
     rows = owner.add("rows", desc([4, ROW], 4), SOURCE, [key(n) for n in range(4)], owned=owned)
     owner.add("blocks", desc([8, ROW], 4), SOURCE + 1, BLOCKS, blocks=True, owned=owned)
     take(local, "d", desc([4, ROW], 4), into)
@@ -166,7 +156,7 @@ def test_every_pull_moves_every_byte_into_any_memory(local, owner, owned, one_si
 def test_a_large_pull(local, owner, owned, into):
     """More than is copied in one go: the pull goes on in the background while its caller waits."""
     size = LARGE if into == "numpy" else 3 * LARGE // 4
-    link(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}')
+    link_over_shm(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}')
     owner.add("s", desc([4, size // 4]), SOURCE, BLOCKS, blocks=True, owned=owned, content=ramp)
     local.lend("d", desc([4, size // 4]), INTO[into]([size]), blocks=True)
     wanted = ramp(SOURCE, 0, size).reshape(4, -1)
@@ -178,7 +168,7 @@ def test_a_large_pull(local, owner, owned, into):
 @pytest.mark.parametrize("threads", [1, 3, 64])
 def test_any_number_of_copy_threads_moves_every_byte(local, owner, owned, threads):
     size = 40 << 20
-    link(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}', copy_threads=threads)
+    link_over_shm(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}', copy_threads=threads)
     owner.add("s", desc([5, size // 5]), SOURCE, BLOCKS, blocks=True, owned=owned, content=ramp)
     local.lend("d", desc([5, size // 5]), [np.zeros(size, np.uint8)], blocks=True)
     for _ in range(3):
@@ -188,7 +178,7 @@ def test_any_number_of_copy_threads_moves_every_byte(local, owner, owned, thread
 
 
 def test_a_pull_of_a_byte(local, owner, owned):
-    link(local, owner)
+    link_over_shm(local, owner)
     owner.add("s", desc([9, 1]), SOURCE, BLOCKS, blocks=True, owned=owned)
     local.add("d", desc([9, 1]), TARGET, blocks=True)
     for n in range(9):
@@ -197,7 +187,7 @@ def test_a_pull_of_a_byte(local, owner, owned):
 
 
 def test_what_is_made_after_the_link_is_there_at_once(local, owner, owned):
-    link(local, owner)
+    link_over_shm(local, owner)
     local.add("d", desc([1, 300]), TARGET, blocks=True)
     for n in range(50):
         cache_id = owner.add("s", desc([1, 300]), n, BlocksCacheKey(THEIRS, n), blocks=True, owned=owned)
@@ -207,7 +197,7 @@ def test_what_is_made_after_the_link_is_there_at_once(local, owner, owned):
 
 
 def test_a_key_that_is_taken_over_leads_to_the_new_cache_at_once(local, owner, owned):
-    link(local, owner)
+    link_over_shm(local, owner)
     local.add("d", desc([4, 300]), TARGET, blocks=True)
     local.add("row", desc([1, 1200]), TARGET)
     first = owner.add("s0", desc([4, 300]), 0, BLOCKS, blocks=True, owned=owned)
@@ -229,7 +219,7 @@ def test_a_key_that_is_taken_over_leads_to_the_new_cache_at_once(local, owner, o
 
 
 def test_a_cache_whose_key_was_taken_over_is_still_reached_by_id(local, owner, owned):
-    link(local, owner, one_sided=True)  # two-sided ids name rows
+    link_over_shm(local, owner, one_sided=True)  # two-sided ids name rows
     local.add("row", desc([1, 1200]), TARGET)
     for n in range(10):
         owner.add(f"s{n}", desc([4, 300]), n, BLOCKS, blocks=True, owned=owned and n == 0)
@@ -240,7 +230,7 @@ def test_a_cache_whose_key_was_taken_over_is_still_reached_by_id(local, owner, o
 
 def test_many_threads_pull_single_blocks_over_one_link(local, owner, owned):
     blocks, size, threads = 64, 16 << 10, 16
-    link(local, owner)
+    link_over_shm(local, owner)
     owner.add("s", desc([blocks, size], 2), SOURCE, BLOCKS, blocks=True, owned=owned)
     local.add("d", desc([blocks, size], 2), TARGET, blocks=True)
     whole = [pattern(SOURCE, tensor, blocks * size).reshape(blocks, size) for tensor in range(2)]
@@ -264,7 +254,7 @@ def test_many_threads_pull_single_blocks_over_one_link(local, owner, owned):
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
 def test_a_stopped_owner_is_not_needed_for_what_is_known(local, owner, owned, one_sided):
     timeout = 0.5
-    link(local, owner, one_sided=one_sided, sync_kv_timeout=int(timeout * 1000))
+    link_over_shm(local, owner, one_sided=one_sided, sync_kv_timeout=int(timeout * 1000))
     owner.add("blocks", desc([4, 5000]), SOURCE, BLOCKS, blocks=True, owned=owned)
     rows = owner.add("rows", desc([2, 5000]), SOURCE + 1, owned=owned and one_sided)  # else a row may have a key to be released
     late = owner.add("late", desc([2, 5000]), SOURCE + 2, [key(1)], owned=owned)
@@ -419,7 +409,7 @@ def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(remote, lo
 
 
 def test_a_source_file_that_its_owner_truncates_is_an_error(local, owner, tmp_path):
-    link(local, owner)
+    link_over_shm(local, owner)
     size = 1 << 25
     path = tmp_path / "source"
     right = ramp(SOURCE, 0, size)
@@ -485,7 +475,7 @@ REUSE = {
 def test_pulls_of_memory_that_is_used_again_and_again_get_no_other_bytes(local, owner, how):
     """By id, which is never used again: bytes of that cache alone, or none."""
     size, rounds, distinct = 1 << 20, 100, 7
-    link(local, owner, one_sided=True, mem_pool_cfg=f'{{"memory_size": {size}}}')  # there is room for one
+    link_over_shm(local, owner, one_sided=True, mem_pool_cfg=f'{{"memory_size": {size}}}')  # there is room for one
     code = f"from peers import desc, ramp\n{REUSE[how]}"
     contents = [ramp(number, 0, size) for number in range(distinct)]
     first = owner.add("s", desc([4, size // 4]), 1, BLOCKS, blocks=True, owned=how != "unregister", content=ramp)
@@ -762,7 +752,7 @@ def test_an_engine_that_is_finalized_during_pulls_ends_them(owned, whose):
         allowed |= {"LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST"}
     with Peer() as puller, Peer() as owner:
         for life in range(3):
-            link(puller, owner)
+            link_over_shm(puller, owner)
             owner.add("s", desc([4, size // 4]), life, BLOCKS, blocks=True, owned=owned)
             for n in range(3):
                 puller.add(f"d{n}", desc([4, size // 4]), TARGET, blocks=True)

@@ -10,9 +10,10 @@ import threading
 import numpy as np
 import pytest
 
+from links import THEIRS, link
 from living_host import in_child
 from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMException, TransferConfig, TransferWithCacheKeyConfig
-from peers import Background, End, Peer, desc, wait_until
+from peers import Background, Peer, desc, wait_until
 from pushes import (
     FAILED,
     NOT_EXIST,
@@ -21,12 +22,10 @@ from pushes import (
     SOURCE,
     SUCCESS,
     TARGET,
-    THEIRS,
     TIMEOUT,
     Ready,
     arrived,
     by_id,
-    linked,
     source,
 )
 
@@ -63,19 +62,15 @@ def gates():
 
 
 @pytest.fixture
-def two_sided(process):
-    local = linked(process)
-    yield local, process
-    local.close()
-    process.close()
+def two_sided(owner, local):
+    link(local, owner)
+    return local, owner
 
 
 @pytest.fixture
-def one_sided(process):
-    local = linked(process, one_sided=True)
-    yield local, process
-    local.close()
-    process.close()
+def one_sided(owner, local):
+    link(local, owner, one_sided=True)
+    return local, owner
 
 
 def addresses(end, name):
@@ -361,42 +356,34 @@ def test_transfers_of_many_threads_do_not_mix(one_sided):
 # --- transfers that do not go well
 
 
-def test_each_layer_has_a_deadline(process, gates):
-    local = linked(process, sync_kv_timeout=300)
-    try:
-        add_rows(local, process)
-        task = start(local, "s", [to_rows(process, "d")], synchronizer=gates)
-        gates.open(0, 2)
-        gates.asked(1)
-        with process.stopped():
-            gates.open(1)
-            began = Background(task.synchronize, SECONDS)
-            assert began.result() is TIMEOUT
-            assert began.seconds < 10 * 1.3  # the deadline, and the second in which the receiver may confirm
-            assert task.get_results() == [TIMEOUT]
-        for tensor, content in enumerate(process.content("d")[:2]):
-            assert np.array_equal(content[:ROW], row(tensor))
-    finally:
-        local.close()
-        process.close()
+def test_each_layer_has_a_deadline(local, owner, gates):
+    link(local, owner, sync_kv_timeout=300)
+    add_rows(local, owner)
+    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
+    gates.open(0, 2)
+    gates.asked(1)
+    with owner.stopped():
+        gates.open(1)
+        began = Background(task.synchronize, SECONDS)
+        assert began.result() is TIMEOUT
+        assert began.seconds < 10 * 1.3  # the deadline, and the second in which the receiver may confirm
+        assert task.get_results() == [TIMEOUT]
+    for tensor, content in enumerate(owner.content("d")[:2]):
+        assert np.array_equal(content[:ROW], row(tensor))
 
 
-def test_a_receiver_that_dies_ends_the_transfer(transport, gates):
-    local = End()
+def test_a_receiver_that_dies_ends_the_transfer(local, transport, gates):
     local.open(2, listen=None)
-    try:
-        with Peer() as owner:
-            assert local.link(owner.open(THEIRS), THEIRS) is SUCCESS
-            add_rows(local, owner)
-            task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-            gates.open(0)
-            gates.asked(1)
-            owner.kill()
-            gates.open(1)
-        assert task.get_results(SECONDS)[0] in (FAILED, NOT_YET_LINK)
-        assert task.synchronize() is not SUCCESS
-    finally:
-        local.close()
+    with Peer() as owner:
+        assert local.link(owner.open(THEIRS), THEIRS) is SUCCESS
+        add_rows(local, owner)
+        task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
+        gates.open(0)
+        gates.asked(1)
+        owner.kill()
+        gates.open(1)
+    assert task.get_results(SECONDS)[0] in (FAILED, NOT_YET_LINK)
+    assert task.synchronize() is not SUCCESS
 
 
 def test_an_unlink_ends_the_transfer_at_its_next_layer(two_sided, gates):
@@ -425,24 +412,20 @@ def test_finalize_ends_the_transfer_at_its_next_layer(two_sided, gates):
     del memory
 
 
-def test_finalize_ends_the_push_of_a_layer(process):
+def test_finalize_ends_the_push_of_a_layer(local, owner):
     """It waits for the receiver, which is stopped, for a second at most."""
-    local = linked(process, sync_kv_timeout=30_000)
-    try:
-        add_rows(local, process)
-        config, memory = to_rows(process, "d"), local.memory["s"]
-        with process.stopped():
-            task = start(local, "s", [config])
-            wait_until(lambda: local.held() > 1, "the engine knows of the push")
-            closing = Background(local.close)
-            closing.result()
-            assert closing.seconds < 10
-            code = task.synchronize(SECONDS)
-        assert code not in (SUCCESS, TIMEOUT), code
-        del memory
-    finally:
-        local.close()
-        process.close()
+    link(local, owner, sync_kv_timeout=30_000)
+    add_rows(local, owner)
+    config, memory = to_rows(owner, "d"), local.memory["s"]
+    with owner.stopped():
+        task = start(local, "s", [config])
+        wait_until(lambda: local.held() > 1, "the engine knows of the push")
+        closing = Background(local.close)
+        closing.result()
+        assert closing.seconds < 10
+        code = task.synchronize(SECONDS)
+    assert code not in (SUCCESS, TIMEOUT), code
+    del memory
 
 
 def test_an_interrupt_ends_the_wait_and_not_the_transfer(two_sided, gates):
@@ -505,19 +488,15 @@ end.manager.transfer_cache_async(end.caches["s"], AtExit(), [TransferConfig(1, a
 """
 
 
-def test_a_process_that_ends_has_first_made_its_transfer(transport):
-    local = End()
+def test_a_process_that_ends_has_first_made_its_transfer(local, transport):
     address = local.open(THEIRS)
     local.add("d", desc([2, ROW], tensors=TENSORS), TARGET)
-    try:
-        with Peer() as pusher:
-            pusher.open(2, listen=None)
-            assert pusher.link(address, THEIRS) is SUCCESS
-            pusher.add("s", desc([2, ROW], tensors=TENSORS), SOURCE)
-            pusher.run(TRANSFER_AT_EXIT, addrs=addresses(local, "d"))
-            arrived(local, "d", {})
-            pusher.process.stdin.close()
-            assert pusher.process.wait(SECONDS / 1000) == 0
-        arrived(local, "d", every(0, row))
-    finally:
-        local.close()
+    with Peer() as pusher:
+        pusher.open(2, listen=None)
+        assert pusher.link(address, THEIRS) is SUCCESS
+        pusher.add("s", desc([2, ROW], tensors=TENSORS), SOURCE)
+        pusher.run(TRANSFER_AT_EXIT, addrs=addresses(local, "d"))
+        arrived(local, "d", {})
+        pusher.process.stdin.close()
+        assert pusher.process.wait(SECONDS / 1000) == 0
+    arrived(local, "d", every(0, row))
