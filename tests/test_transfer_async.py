@@ -110,6 +110,20 @@ def row(tensor, at=0):
     return source(SOURCE, tensor, (2, ROW))[at]
 
 
+def first_layers(count, to=0):
+    """What of a cache has changed when a row has got so many layers."""
+    return {(tensor, to): row(tensor) for tensor in range(2 * count)}
+
+
+def start_and_move_a_layer(local, owner, gates):
+    """Start a transfer between rows of both ends, and return it when layer 0 has arrived and it waits for layer 1."""
+    add_rows(local, owner)
+    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
+    gates.open(0)
+    gates.asked(1)
+    return task
+
+
 # --- by raw addresses
 
 
@@ -174,7 +188,7 @@ def test_addresses_outside_every_cache_are_refused(two_sided, where):
     task = start(local, "s", [config])
     assert task.synchronize(SECONDS) is PARAM_INVALID
     assert task.get_results() == [PARAM_INVALID]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})  # the layer before it
+    arrived(owner, "d", first_layers(1))
     transferred(local, "s", [to_rows(owner, "d")])
 
 
@@ -189,14 +203,11 @@ def test_addresses_of_a_cache_that_is_gone_are_refused(two_sided):
 
 def test_a_source_that_is_gone_ends_the_transfer(two_sided, gates):
     local, owner = two_sided
-    add_rows(local, owner)
-    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-    gates.open(0)
-    gates.asked(1)
+    task = start_and_move_a_layer(local, owner, gates)
     local.manager.unregister_cache(local.caches["s"].cache_id)
     gates.open(1)
     assert task.get_results(SECONDS) == [NOT_EXIST]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+    arrived(owner, "d", first_layers(1))
 
 
 # --- by keys
@@ -316,9 +327,8 @@ def test_a_synchronizer_that_gives_up_ends_the_transfer(two_sided, then, results
         task = start(local, "s", configs, synchronizer=Until(1, then))
         assert task.get_results(SECONDS) == results
         assert task.synchronize() is next((code for code in results if code not in (SUCCESS, None)), SUCCESS)
-        first = {(tensor, 0): row(tensor) for tensor in range(2)}
-        arrived(owner, "d", first)
-        arrived(other, "d", first)
+        arrived(owner, "d", first_layers(1))
+        arrived(other, "d", first_layers(1))
 
 
 def test_several_clusters_get_their_layers_side_by_side(one_sided, gates):
@@ -332,12 +342,10 @@ def test_several_clusters_get_their_layers_side_by_side(one_sided, gates):
         task = start(local, "s", configs, synchronizer=gates)
         gates.open(0)
         gates.asked(1)
-        arrived(other, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+        arrived(other, "d", first_layers(1))
         gates.open(1, 2)
         assert task.get_results(SECONDS) == [SUCCESS] * 3
-        wanted = every(0, row)
-        wanted.update({(tensor, 1): row(tensor) for tensor in range(4)})
-        arrived(owner, "d", wanted)
+        arrived(owner, "d", {**every(0, row), **first_layers(2, to=1)})
 
 
 def test_transfers_of_many_threads_do_not_mix(one_sided):
@@ -376,10 +384,7 @@ def test_a_receiver_that_dies_ends_the_transfer(local, transport, gates):
     local.open(2, listen=None)
     with Peer() as owner:
         assert local.link(owner.open(THEIRS), THEIRS) is SUCCESS
-        add_rows(local, owner)
-        task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-        gates.open(0)
-        gates.asked(1)
+        task = start_and_move_a_layer(local, owner, gates)
         owner.kill()
         gates.open(1)
     assert task.get_results(SECONDS)[0] in (FAILED, NOT_YET_LINK)
@@ -388,27 +393,21 @@ def test_a_receiver_that_dies_ends_the_transfer(local, transport, gates):
 
 def test_an_unlink_ends_the_transfer_at_its_next_layer(two_sided, gates):
     local, owner = two_sided
-    add_rows(local, owner)
-    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-    gates.open(0)
-    gates.asked(1)
+    task = start_and_move_a_layer(local, owner, gates)
     assert local.unlink(THEIRS) is SUCCESS
     gates.open(1)
     assert task.get_results(SECONDS) == [NOT_YET_LINK]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+    arrived(owner, "d", first_layers(1))
 
 
 def test_finalize_ends_the_transfer_at_its_next_layer(two_sided, gates):
     local, owner = two_sided
-    add_rows(local, owner)
-    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-    gates.open(0)
-    gates.asked(1)
+    task = start_and_move_a_layer(local, owner, gates)
     memory = local.memory["s"]
     local.close()
     gates.open(1)
     assert task.get_results(SECONDS) == [PARAM_INVALID]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+    arrived(owner, "d", first_layers(1))
     del memory
 
 
