@@ -25,7 +25,7 @@ import living_host
 from links import OURS, THEIRS, link_over_shm
 from living_host import inside
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, Peer, desc, pattern, ramp, wait_until
+from peers import ADDRESS, Background, Peer, desc, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -34,7 +34,7 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 OUT_OF_MEMORY = LLMStatusCode.LLM_OUT_OF_MEMORY
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
-DEAD = (FAILED, NOT_YET_LINK)
+DEAD = (FAILED, NOT_YET_LINK)  # which one depends on whether the call or the link finds it out first
 
 pytestmark = pytest.mark.usefixtures("quiet")  # peers die here, on purpose
 
@@ -62,14 +62,6 @@ def transport():
 def owned(request):
     """Whether the source is memory of the owner's pool, which peers map, or private memory, which the kernel reads for them."""
     return request.param
-
-
-def refused(call, *args, code, **kwargs):
-    codes = code if isinstance(code, tuple) else (code,)
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code in codes, failure.value
-    return failure.value
 
 
 def is_pattern(view, number, tensor=0):
@@ -603,78 +595,92 @@ def shared_mappings():
     return sum("/memfd:llm_datadist" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
-def test_nothing_is_read_of_a_dead_owner_and_its_successor_serves(local, owned, known):
-    """Killed with nothing under way; the next pull may come before any socket has told."""
+@pytest.fixture
+def puller(local):
+    """The local end, with four blocks to pull into."""
     local.open(OURS, listen=None)
     local.add("d", desc([4, 5000]), TARGET, blocks=True)
+    return local
+
+
+def offer(puller, owner, number, owned, listen=ADDRESS, block=5000):
+    """Open the owner with four blocks that have the pattern of number, link the puller to it, and return its address."""
+    address = owner.open(THEIRS, listen=listen)
+    owner.add("s", desc([4, block]), number, BLOCKS, blocks=True, owned=owned)
+    assert puller.link(address, THEIRS) is SUCCESS
+    return address
+
+
+def pull(puller):
+    """Pull the four blocks and return them."""
+    puller.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
+    return puller.content("d")[0]
+
+
+def finds_it_dead(puller):
+    with pytest.raises(LLMException) as failure:
+        pull(puller)
+    assert failure.value.status_code in DEAD, failure.value
+
+
+def sees_the_death(puller):
+    wait_until(lambda: "dead" in puller.told(THEIRS)["cluster 1"], "it is known")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_nothing_is_read_of_a_dead_owner_and_its_successor_serves(puller, owned, known):
+    """Killed with nothing under way; the next pull may come before any socket has told."""
     address, mapped_before = ADDRESS, shared_mappings()
     for life in range(3):
         with Peer() as peer:
-            address = peer.open(THEIRS, listen=address)
-            peer.add("s", desc([4, 5000]), life, BLOCKS, blocks=True, owned=owned)
-            assert local.link(address, THEIRS) is SUCCESS
-            assert local.told(THEIRS)["transport"] == "shm"
+            address = offer(puller, peer, life, owned, address)
+            assert puller.told(THEIRS)["transport"] == "shm"
             assert shared_mappings() > mapped_before
             if known:
-                local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
-                assert is_pattern(local.content("d")[0], life)
+                assert is_pattern(pull(puller), life)
             peer.kill()  # and waited for
             for _ in range(3):
-                refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=DEAD)
-        wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
-        failure = refused(local.manage, "pull_blocks", BLOCKS, "d", [0], [0], code=NOT_YET_LINK)
+                finds_it_dead(puller)
+        sees_the_death(puller)
+        failure = refused(puller.manage, "pull_blocks", BLOCKS, "d", [0], [0], code=NOT_YET_LINK)
         assert failure.peer == THEIRS
         wait_until(lambda: shared_mappings() == mapped_before, "nothing of it is mapped any more")
 
 
-def test_an_owner_that_nobody_has_waited_for_is_dead_all_the_same(local, owned):
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
+def test_an_owner_that_nobody_has_waited_for_is_dead_all_the_same(puller, owned):
     with Peer() as peer:
-        address = peer.open(THEIRS)
-        peer.add("s", desc([4, 5000]), SOURCE, BLOCKS, blocks=True, owned=owned)
-        assert local.link(address, THEIRS) is SUCCESS
-        local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
+        offer(puller, peer, SOURCE, owned)
+        pull(puller)
         peer.process.send_signal(signal.SIGKILL)
-        wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
+        sees_the_death(puller)
         assert living_host.process_state(peer.process.pid) == "Z"
-        refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=NOT_YET_LINK)
+        refused(pull, puller, code=NOT_YET_LINK)
         peer.kill()
 
 
-def test_an_owner_that_has_become_another_program_is_dead(local, owned):
+def test_an_owner_that_has_become_another_program_is_dead(puller, owned):
     """Its process lives, under the same number, and keeps some of its files."""
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
     with Peer() as peer:
-        address = peer.open(THEIRS)
-        peer.add("s", desc([4, 5000]), SOURCE, BLOCKS, blocks=True, owned=owned)
-        assert local.link(address, THEIRS) is SUCCESS
-        local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
+        offer(puller, peer, SOURCE, owned)
+        pull(puller)
         peer.begin("run", "import os; os.execvp('sleep', ['sleep', '600'])")
         wait_until(lambda: Path(f"/proc/{peer.process.pid}/cmdline").read_bytes().startswith(b"sleep"), "it is another program")
         for _ in range(3):
-            refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=DEAD)
+            finds_it_dead(puller)
         assert peer.process.poll() is None
-        wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
+        sees_the_death(puller)
         peer.kill()
 
 
-def test_nothing_is_read_of_an_engine_that_was_finalized(local, owner, owned):
+def test_nothing_is_read_of_an_engine_that_was_finalized(puller, owner, owned):
     """Its process lives, with the same memory, and the next engine of it has the same address."""
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
     address = ADDRESS
     for life in range(5):
-        address = owner.open(THEIRS, listen=address)
-        owner.add("s", desc([4, 5000]), life, BLOCKS, blocks=True, owned=owned)
-        assert local.link(address, THEIRS) is SUCCESS
-        local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
-        assert is_pattern(local.content("d")[0], life)
+        address = offer(puller, owner, life, owned, address)
+        assert is_pattern(pull(puller), life)
         owner.close()
         for _ in range(3):
-            refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=DEAD)
+            finds_it_dead(puller)
 
 
 def test_no_pull_that_begins_after_the_owners_death_succeeds(local, owned):
@@ -700,9 +706,7 @@ def test_no_pull_that_begins_after_the_owners_death_succeeds(local, owned):
     for life in range(3):
         right, counts, dead = pattern(life, 0, size), Counter(), threading.Event()
         with Peer() as peer:
-            address = peer.open(THEIRS, listen=address)
-            peer.add("s", desc([4, size // 4]), life, BLOCKS, blocks=True, owned=owned)
-            assert local.link(address, THEIRS) is SUCCESS
+            address = offer(local, peer, life, owned, address, size // 4)
             calls = [Background(until_it_fails, f"d{n}", right, counts, dead) for n in threads]
             wait_until(lambda calls=calls, counts=counts: len(counts) == 3 or not calls[0].running(), "all pull")
             peer.kill()
@@ -711,23 +715,18 @@ def test_no_pull_that_begins_after_the_owners_death_succeeds(local, owned):
                 assert call.result().status_code in DEAD
 
 
-def test_a_killed_owner_is_dead_though_a_forked_child_of_it_lives(local, owned):
+def test_a_killed_owner_is_dead_though_a_forked_child_of_it_lives(puller, owned):
     """The child has all memory of its parent, but for what shows whose it is."""
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
     address = ADDRESS
     for life in range(2):
         with Peer() as peer:
-            address = peer.open(THEIRS, listen=address)
-            peer.add("s", desc([4, 5000]), life, BLOCKS, blocks=True, owned=owned)
-            assert local.link(address, THEIRS) is SUCCESS
+            address = offer(puller, peer, life, owned, address)
             child = inside(peer, living_host.fork_a_child_that_stays)
             try:
-                local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
-                assert is_pattern(local.content("d")[0], life)
+                assert is_pattern(pull(puller), life)
                 peer.kill()
-                refused(local.manage, "pull_blocks", BLOCKS, "d", [0], [0], code=DEAD)
-                wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
+                finds_it_dead(puller)
+                sees_the_death(puller)
                 assert living_host.process_state(child) in "SR"
                 wait_until(lambda child=child: not of_engines(child), "the child has closed what it had of the engine")
             finally:
