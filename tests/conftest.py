@@ -122,7 +122,7 @@ def local() -> Iterator[End]:
 
 @pytest.fixture(params=[False, True], ids=["registered", "owned"])
 def owned(request: pytest.FixtureRequest) -> bool:
-    """Whether a cache is one that the engine allocates, or memory that is registered."""
+    """Whether a cache is memory of a pool, which peers of one host map, or private memory, which the kernel reads for them."""
     return bool(request.param)
 
 

@@ -15,10 +15,9 @@ from llm_datadist import (
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from peers import End, desc, pattern, refused
+from peers import SOURCE, TARGET, End, desc, pattern, refused
 from pushes import Ready
 
-SOURCE, TARGET = 1, 50  # numbers of patterns
 TENSORS = 4  # two layers
 NO_ID = 2**64 - 1
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST

@@ -8,11 +8,16 @@ import socket
 from typing import Any
 
 import peers
-from llm_datadist import LLMException, LLMStatusCode, RegisterMemStatus
+from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMStatusCode, RegisterMemStatus
 
 PREPARING = RegisterMemStatus.PREPARING
 
 THEIRS, OURS = 1, 2  # cluster ids: of an owner, and of the end that pulls from it or pushes to it
+
+
+def by_id(cache_id: int, batch: int = 0) -> CacheKeyByIdAndIndex:
+    """Return the key of an owner's cache."""
+    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
 def link(initiator: Any, owner: Any, **settings: Any) -> str:

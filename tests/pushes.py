@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of pushes share: their keys, and what has to have arrived at the end that is pushed to."""
+"""What the tests of pushes share, above all what has to have arrived at the end that is pushed to."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from links import THEIRS
-from llm_datadist import CacheKeyByIdAndIndex, LayerSynchronizer, LLMStatusCode
-from peers import pattern
+from llm_datadist import LayerSynchronizer, LLMStatusCode
+from peers import TARGET, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -17,12 +16,6 @@ NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
-
-SOURCE, TARGET = 1, 50  # numbers of patterns
-
-
-def by_id(cache_id: int, batch: int = 0) -> CacheKeyByIdAndIndex:
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
 def source(number: int, tensor: int, shape: Any) -> np.ndarray:

@@ -10,12 +10,11 @@ import pytest
 
 from links import OURS, THEIRS, link
 from llm_datadist import BlocksCacheKey, CacheKey, LLMStatusCode
-from peers import ADDRESS, Background, Peer, desc, memory_at, options, pattern, refused
+from peers import ADDRESS, TARGET, Background, Peer, desc, memory_at, options, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 
-TARGET = 50  # number of the destination's pattern
 BLOCKS, BLOCK = 64, 4096  # of a cache: blocks, and bytes of one
 MODELS = 3
 

@@ -15,9 +15,9 @@ import zlib
 import numpy as np
 import pytest
 
-from links import OURS, THEIRS, link
+from links import OURS, THEIRS, by_id, link
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, Peer, desc, memory_at, pattern, ramp, refused, wait_until
+from peers import ADDRESS, SOURCE, TARGET, Background, Peer, desc, memory_at, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -26,14 +26,9 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
-SOURCE, TARGET = 1, 50  # numbers of patterns
 SMALL = [2, 4096]
 LARGE = 1 << 28
 LATE = 10 * 0.1  # seconds: ten times the promised 100 ms after the deadline
-
-
-def by_id(cache_id, batch=0):
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
 def add_small(local, owner):

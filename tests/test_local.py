@@ -11,12 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_datadist import Cache, CacheKey, LLMException, LLMStatusCode, Placement
-from peers import desc, pattern, refused
+from peers import SOURCE, TARGET, desc, moved, pattern, refused
 
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 HOST, DEVICE = Placement.HOST, Placement.DEVICE
-SOURCE, TARGET = 1, 50  # numbers of patterns
 
 
 @pytest.fixture
@@ -27,14 +26,6 @@ def end(local):
 
 def rows(end, name, number, shape, count=1, **kwargs):
     end.add(name, desc(shape, tensors=count, placement=kwargs.pop("placement", DEVICE)), number, **kwargs)
-
-
-def moved(end, name, moves, tensor=0, number=TARGET):
-    got = end.content(name)[tensor]
-    wanted = pattern(number, tensor, got.size)
-    for start, new in moves.items():
-        wanted[start : start + len(new)] = new
-    assert np.array_equal(got, wanted)
 
 
 # --- copy_cache

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from links import OURS, THEIRS, link
+from links import OURS, THEIRS, by_id, link
 from llm_datadist import (
     BlocksCacheKey,
     Cache,
@@ -21,7 +21,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import Background, desc, pattern, refused
+from peers import SOURCE, TARGET, Background, desc, moved, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -29,7 +29,6 @@ NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 
 U64MAX = 2**64 - 1
-SOURCE, TARGET = 1, 50  # numbers of patterns
 BY_BLOCKS = BlocksCacheKey(THEIRS)
 
 
@@ -39,10 +38,6 @@ def key(n, model_id=0):
 
 def prefix(n, model_id=0):
     return CacheKey(THEIRS, req_id=U64MAX, model_id=model_id, prefix_id=n)
-
-
-def by_id(cache_id, batch=0):
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
 @pytest.fixture
@@ -69,15 +64,6 @@ def refused_unchanged(local, name, call, *args, **kwargs):
     failure = refused(local.manage, call, *args, **kwargs)
     assert local.checksum(name) == before
     return failure
-
-
-def moved(local, name, moves, tensor=0):
-    """Check a tensor: where moves say so (start -> bytes) it is new, everywhere else it is as it was."""
-    got = local.content(name)[tensor]
-    wanted = pattern(TARGET, tensor, got.size)
-    for start, new in moves.items():
-        wanted[start : start + len(new)] = new
-    assert np.array_equal(got, wanted)
 
 
 # --- worked examples of the specification, each with every way to hold the memory

@@ -8,20 +8,17 @@ import time
 import numpy as np
 import pytest
 
-from links import OURS, THEIRS, link
+from links import OURS, THEIRS, by_id, link
 from llm_datadist import BlocksCacheKey, Cache, CacheKey, CacheKeyByIdAndIndex, LLMException
-from peers import Background, Peer, desc, ramp, refused, wait_until
+from peers import SOURCE, TARGET, Background, Peer, desc, ramp, refused, wait_until
 from pushes import (
     FAILED,
     NOT_EXIST,
     NOT_YET_LINK,
     PARAM_INVALID,
-    SOURCE,
     SUCCESS,
-    TARGET,
     TIMEOUT,
     arrived,
-    by_id,
     source,
 )
 

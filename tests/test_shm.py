@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 
 import living_host
-from links import OURS, THEIRS, link_over_shm
+from links import OURS, THEIRS, by_id, link_over_shm
 from living_host import inside
-from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, Peer, desc, pattern, ramp, refused, wait_until
+from llm_datadist import BlocksCacheKey, CacheKey, LLMException, LLMStatusCode
+from peers import ADDRESS, SOURCE, TARGET, Background, Peer, desc, is_pattern, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -38,7 +38,6 @@ DEAD = (FAILED, NOT_YET_LINK)  # which one depends on whether the call or the li
 
 pytestmark = pytest.mark.usefixtures("quiet")  # peers die here, on purpose
 
-SOURCE, TARGET = 1, 50  # numbers of patterns
 BLOCKS = BlocksCacheKey(THEIRS)
 EVERY = [0, 1, 2, 3]
 LARGE = 1 << 28
@@ -49,23 +48,9 @@ def key(n):
     return CacheKey(THEIRS, req_id=n)
 
 
-def by_id(cache_id, batch=0):
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
-
-
 @pytest.fixture(scope="module")
 def transport():
     """None is required: the ends choose to share memory."""
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    """Whether the source is memory of the owner's pool, which peers map, or private memory, which the kernel reads for them."""
-    return request.param
-
-
-def is_pattern(view, number, tensor=0):
-    return np.array_equal(view, pattern(number, tensor, view.size))
 
 
 # --- every pull, out of and into every kind of memory

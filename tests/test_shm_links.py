@@ -11,14 +11,13 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import living_host
 from links import OURS, THEIRS, link_over_shm
 from living_host import inside
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMStatusCode
-from peers import ADDRESS, Peer, desc, pattern, refused, wait_until
+from peers import ADDRESS, SOURCE, TARGET, Peer, desc, is_pattern, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
@@ -27,7 +26,6 @@ TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("quiet")  # links fail here, on purpose
 
-SOURCE, TARGET = 1, 50  # numbers of patterns
 BLOCKS = BlocksCacheKey(THEIRS)
 OTHER_UID = 65533
 SLOTS = 4096  # of a directory
@@ -37,10 +35,6 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 @pytest.fixture(scope="module")
 def transport():
     """None is required: the ends choose to share memory."""
-
-
-def is_pattern(view, number, tensor=0):
-    return np.array_equal(view, pattern(number, tensor, view.size))
 
 
 # --- which transport is taken, and what is said about it

@@ -10,22 +10,19 @@ import threading
 import numpy as np
 import pytest
 
-from links import THEIRS, link
+from links import THEIRS, by_id, link
 from living_host import in_child
 from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMException, TransferConfig, TransferWithCacheKeyConfig
-from peers import Background, Peer, desc, wait_until
+from peers import SOURCE, TARGET, Background, Peer, desc, wait_until
 from pushes import (
     FAILED,
     NOT_EXIST,
     NOT_YET_LINK,
     PARAM_INVALID,
-    SOURCE,
     SUCCESS,
-    TARGET,
     TIMEOUT,
     Ready,
     arrived,
-    by_id,
     source,
 )
 
