@@ -24,19 +24,21 @@ def link(initiator: Any, owner: Any, **settings: Any) -> str:
     """Open two ends with the same settings, link the initiator to the owner, and return the owner's address."""
     address: str = owner.open(THEIRS, **settings)
     initiator.open(OURS, listen=None, **settings)
-    assert initiator.link(address, THEIRS) is LLMStatusCode.LLM_SUCCESS
+    code = initiator.link(address, THEIRS)
+    assert code is LLMStatusCode.LLM_SUCCESS, code
     return address
 
 
 def link_over_shm(initiator: Any, owner: Any, **settings: Any) -> str:
     """As link, and see that the two, which are free to choose, share memory."""
     address = link(initiator, owner, **settings)
-    assert initiator.told(THEIRS)["transport"] == "shm"
+    told = initiator.told(THEIRS)
+    assert told["transport"] == "shm", told
     return address
 
 
 def refused(call: Any, *args: Any, code: LLMStatusCode = LLMStatusCode.LLM_NOT_YET_LINK) -> LLMException:
-    """As peers.refused, which most calls here are for want of a link."""
+    """As peers.refused, for want of a link where nothing else is said."""
     return peers.refused(call, *args, code=code)
 
 
