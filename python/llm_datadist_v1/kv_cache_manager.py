@@ -262,10 +262,10 @@ class KvCacheManager:
         size: int = -1,
         req_id: int | None = None,
     ) -> None:
-        """Copy size bytes from offset on (-1: to the end) of a row of src to a row of dst, in every tensor. Local.
+        """Copy size bytes (-1: to the end of src's row) from a row of src to a row of dst, from offset in both. Local.
 
         Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_FAILED where the caches have different numbers of tensors,
-        LLM_PARAM_INVALID. req_id is for the log only.
+        LLM_PARAM_INVALID. req_id is checked and not used.
         """
         for name, cache in (("dst", dst), ("src", src)):
             check_isinstance(name, cache, KvCache, allow_none=False)
