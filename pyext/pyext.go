@@ -29,7 +29,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/pyext/backend"
 )
 
-// version is the engine's release; the Python package compares it with its own.
+// version is the engine's release, the same as the Python package's: both are built into one wheel.
 const version = "0.1.0"
 
 // Version returns the release that the engine was built from. It answers only when the Go runtime is up.
