@@ -112,9 +112,9 @@ func TestSwapBlocks(t *testing.T) {
 			copy(b[300:], src.tensor(i)[700:800])
 			copy(b[0:100], src.tensor(i)[200:300])
 		}
-		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, 100, []uint64{7, 3, 2, 0}))
+		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, cache.Device, cache.Host, 100, []uint64{7, 3, 2, 0}))
 		dst.requireContent(want)
-		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, 100, nil))
+		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, cache.Device, cache.Host, 100, nil))
 	})
 }
 
@@ -129,9 +129,9 @@ func TestLocalCopiesOfMemoryThatIsNotThere(t *testing.T) {
 		require.NoError(w.t, err)
 		n.caches = append(n.caches, &memory{n: n, id: bad}, &memory{n: n, id: still})
 		for _, err := range []error{
-			n.SwapBlocks(good.addrs, nowhere, 100, []uint64{0, 0}),
-			n.SwapBlocks(nowhere, good.addrs, 100, []uint64{0, 0}),
-			n.SwapBlocks([]uintptr{readOnly}, good.addrs, 100, []uint64{0, 0}),
+			n.SwapBlocks(good.addrs, nowhere, cache.Device, cache.Host, 100, []uint64{0, 0}),
+			n.SwapBlocks(nowhere, good.addrs, cache.Device, cache.Host, 100, []uint64{0, 0}),
+			n.SwapBlocks([]uintptr{readOnly}, good.addrs, cache.Device, cache.Host, 100, []uint64{0, 0}),
 			n.CopyCache(CopyCall{Dst: bad, Src: good.id, Size: -1}),
 			n.CopyCache(CopyCall{Dst: good.id, Src: bad, Size: -1}),
 			n.CopyCache(CopyCall{Dst: still, Src: good.id, Size: -1}),
