@@ -149,7 +149,7 @@ func TestACancelledPullWaitsForTheCopyUnderWay(t *testing.T) {
 
 // A cache is its application's again when the device no longer reads it, and what was not read in time never counts.
 func TestUnregisterWaitsForTheCopyUnderWay(t *testing.T) {
-	over(t, []way{deviceBubble}, func(w *world) {
+	over(t, []way{betweenDevices}, func(w *world) {
 		owner, puller := w.pair()
 		const size = 8 << 20
 		src := owner.register(rows(1, 1, size), two[0]).fill(1)
@@ -158,7 +158,7 @@ func TestUnregisterWaitsForTheCopyUnderWay(t *testing.T) {
 		pull := begin(func() error { return puller.pull(owner, normal(7), dst, all()) })
 		<-copying.begun
 		removing := begin(func() error { src.remove(); return nil })
-		synctest.Wait()
+		w.eventually(func() bool { return owner.Stats().Retiring == 1 }, "withdrawn")
 		require.False(w.t, removing.ended(), "the device still reads")
 		close(copying.proceed)
 		require.NoError(w.t, removing.wait())
