@@ -122,6 +122,16 @@ func (c *memory) stall() stalled {
 	return s
 }
 
+// await waits until the copy is under way, of which the call is not to see the end before.
+func (s stalled) await(t *testing.T, call *running) {
+	t.Helper()
+	select {
+	case <-s.begun:
+	case <-call.done:
+		require.Fail(t, "it ended before its copy", "%v", call.err)
+	}
+}
+
 // What has been handed to a device can't be taken back: a pull that is cancelled ends when the copy has, and never while it writes.
 func TestACancelledPullWaitsForTheCopyUnderWay(t *testing.T) {
 	over(t, []way{deviceBubble}, func(w *world) {
@@ -132,7 +142,7 @@ func TestACancelledPullWaitsForTheCopyUnderWay(t *testing.T) {
 		copying := dst.stall()
 		ctx, cancel := context.WithCancel(context.Background())
 		pull := begin(func() error { return puller.pullWithin(ctx, owner, normal(7), dst, all()) })
-		<-copying.begun
+		copying.await(w.t, pull)
 		cancel()
 		synctest.Wait()
 		require.False(w.t, pull.ended(), "the device still writes")
@@ -156,7 +166,7 @@ func TestUnregisterWaitsForTheCopyUnderWay(t *testing.T) {
 		dst := puller.register(rows(1, 1, size))
 		copying := src.stall()
 		pull := begin(func() error { return puller.pull(owner, normal(7), dst, all()) })
-		<-copying.begun
+		copying.await(w.t, pull)
 		removing := begin(func() error { src.remove(); return nil })
 		w.eventually(func() bool { return owner.Stats().Retiring == 1 }, "withdrawn")
 		require.False(w.t, removing.ended(), "the device still reads")
@@ -167,15 +177,15 @@ func TestUnregisterWaitsForTheCopyUnderWay(t *testing.T) {
 }
 
 func TestADestinationThatIsUnregisteredEndsThePushIntoIt(t *testing.T) {
-	over(t, []way{deviceBubble}, func(w *world) {
+	over(t, []way{betweenDevices}, func(w *world) {
 		receiver, pusher := w.pair(oneSided)
 		const size = 8 << 20
-		src, dst := pusher.register(rows(1, 1, size)).fill(1), receiver.register(rows(1, 1, size))
+		src, dst := pusher.register(rows(2, 1, size)).fill(1), receiver.register(rows(2, 1, size))
 		copying := dst.stall()
 		push := begin(func() error { return pusher.push(receiver, src, toKey(byID(dst, 0))) })
-		<-copying.begun
+		copying.await(w.t, push)
 		removing := begin(func() error { dst.remove(); return nil })
-		synctest.Wait()
+		w.eventually(func() bool { return receiver.Stats().Retiring == 1 }, "withdrawn")
 		require.False(w.t, removing.ended(), "the device still writes")
 		close(copying.proceed)
 		require.NoError(w.t, removing.wait())
