@@ -304,7 +304,8 @@ class KvCacheManager:
         raise_if_false(
             len(from_addrs) == len(to_addrs), "the caches have {} and {} addresses", len(from_addrs), len(to_addrs)
         )
-        self._native.swap_blocks(to_addrs, from_addrs, block_bytes, pairs)
+        placements = (dst.cache_desc.placement, src.cache_desc.placement)
+        self._native.swap_blocks(to_addrs, from_addrs, placements, block_bytes, pairs)
 
     def transfer_cache_async(
         self,

@@ -508,7 +508,8 @@ class CacheManager:
         block_bytes, pairs = check_swap(src_cache.cache_desc, dst_cache.cache_desc, src_to_dst)
         src, dst = pack_addrs(src_cache.tensor_addrs), pack_addrs(dst_cache.tensor_addrs)
         raise_if_false(len(src) == len(dst), "the caches have {} and {} addresses", len(src), len(dst))
-        self._engine.swap_blocks(dst, src, block_bytes, pairs)
+        placements = (dst_cache.cache_desc.placement, src_cache.cache_desc.placement)
+        self._engine.swap_blocks(dst, src, placements, block_bytes, pairs)
 
     @staticmethod
     def check_cache_key(cache_key: CacheKey) -> None:
