@@ -29,7 +29,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/pyext/backend"
 )
 
-// version is the engine's release; the Python package compares it with its own.
+// version is the engine's release, the same as the Python package's: both are built into one wheel.
 const version = "0.1.0"
 
 // Version returns the release that the engine was built from. It answers only when the Go runtime is up.
@@ -345,11 +345,13 @@ func CopyBlocksStart(number, handle, waitMillis, id, pairsAddr, pairsCount int64
 	return start(number, handle, waitMillis, 0, func(_ context.Context, e *engine.Engine) (string, error) { return "", e.CopyBlocks(id, pairs) })
 }
 
-// SwapBlocksStart starts swap_blocks between the tensors at two lists of addresses.
-func SwapBlocksStart(number, handle, waitMillis, dstAddr, srcAddr, tensorCount, blockBytes, pairsAddr, pairsCount int64) int64 {
+// SwapBlocksStart starts swap_blocks between the tensors at two lists of addresses, of memory of two placements (0 host, 1 device).
+func SwapBlocksStart(
+	number, handle, waitMillis, dstAddr, srcAddr, dstPlacement, srcPlacement, tensorCount, blockBytes, pairsAddr, pairsCount int64,
+) int64 {
 	dst, src, pairs := addresses(dstAddr, tensorCount), addresses(srcAddr, tensorCount), words(pairsAddr, pairsCount)
 	return start(number, handle, waitMillis, 0, func(_ context.Context, e *engine.Engine) (string, error) {
-		return "", e.SwapBlocks(dst, src, uint64(blockBytes), pairs)
+		return "", e.SwapBlocks(dst, src, cache.Placement(dstPlacement), cache.Placement(srcPlacement), uint64(blockBytes), pairs)
 	})
 }
 

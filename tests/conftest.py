@@ -17,9 +17,9 @@ import pytest
 
 from llm_datadist import LLMDataDist, _native
 from llm_datadist.utils import log
-from peers import wait_until
+from peers import End, Peer, wait_until
 
-pytest_plugins = ["parity"]
+pytest_plugins = ["older", "parity"]
 
 hypothesis.settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's affair
 hypothesis.settings.load_profile("tests")
@@ -90,6 +90,40 @@ def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_DATADIST_TRANSPORT", request.param)
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def process(transport: str) -> Iterator[Peer]:
+    """The process of the remote end, one for all tests of a module over a transport."""
+    with Peer() as peer:
+        yield peer
+
+
+@pytest.fixture
+def remote(process: Peer) -> Iterator[Peer]:
+    """An end in another process, without an engine yet."""
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def owner(remote: Peer) -> Peer:
+    """The remote end, where its caches are what is pulled from or pushed to."""
+    return remote
+
+
+@pytest.fixture
+def local() -> Iterator[End]:
+    """An end in the test's own process, without an engine yet."""
+    end = End()
+    yield end
+    end.close()
+
+
+@pytest.fixture(params=[False, True], ids=["registered", "owned"])
+def owned(request: pytest.FixtureRequest) -> bool:
+    """Whether a cache is memory of a pool, which peers of one host map, or private memory, which the kernel reads for them."""
+    return bool(request.param)
 
 
 @pytest.fixture

@@ -6,21 +6,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 
 from llm_datadist import (
     BlocksCacheKey,
     CacheKey,
     CacheKeyByIdAndIndex,
-    LLMException,
     LLMStatusCode,
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from peers import End, desc, pattern
+from peers import SOURCE, TARGET, End, desc, pattern, refused
 from pushes import Ready
 
-SOURCE, TARGET = 1, 50  # numbers of patterns
 TENSORS = 4  # two layers
 NO_ID = 2**64 - 1
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
@@ -59,9 +56,7 @@ def pull_by_key(local: Any, owner: Any, cluster_id: int, owned: bool) -> None:
         local.manage("pull_cache", keys[batch], "target")
         check(local, {tensor: {0: source(tensor, 200)[100 * batch :][:100]} for tensor in range(TENSORS)})
     if owned:
-        with pytest.raises(LLMException) as released:
-            local.manage("pull_cache", keys[1], "target")
-        assert released.value.status_code is NOT_EXIST
+        refused(local.manage, "pull_cache", keys[1], "target", code=NOT_EXIST)
     else:
         local.manage("pull_cache", keys[1], "target")
     drop(local, owner)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of links and of groups share."""
+"""Links between two ends, and what the tests of links and of groups share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,39 @@ import json
 import socket
 from typing import Any
 
-import pytest
-
-from llm_datadist import LLMException, LLMStatusCode, RegisterMemStatus
-from peers import wait_until
+import peers
+from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMStatusCode, RegisterMemStatus
 
 PREPARING = RegisterMemStatus.PREPARING
 
+THEIRS, OURS = 1, 2  # cluster ids: of an owner, and of the end that pulls from it or pushes to it
+
+
+def by_id(cache_id: int, batch: int = 0) -> CacheKeyByIdAndIndex:
+    """Return the key of an owner's cache."""
+    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
+
+
+def link(initiator: Any, owner: Any, **settings: Any) -> str:
+    """Open two ends with the same settings, link the initiator to the owner, and return the owner's address."""
+    address: str = owner.open(THEIRS, **settings)
+    initiator.open(OURS, listen=None, **settings)
+    code = initiator.link(address, THEIRS)
+    assert code is LLMStatusCode.LLM_SUCCESS, code
+    return address
+
+
+def link_over_shm(initiator: Any, owner: Any, **settings: Any) -> str:
+    """As link, and see that the two, which are free to choose, share memory."""
+    address = link(initiator, owner, **settings)
+    told = initiator.told(THEIRS)
+    assert told["transport"] == "shm", told
+    return address
+
 
 def refused(call: Any, *args: Any, code: LLMStatusCode = LLMStatusCode.LLM_NOT_YET_LINK) -> LLMException:
-    with pytest.raises(LLMException) as failure:
-        call(*args)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
+    """As peers.refused, for want of a link where nothing else is said."""
+    return peers.refused(call, *args, code=code)
 
 
 def refused_address() -> tuple[socket.socket, str]:
@@ -41,5 +61,8 @@ def join(end: Any, *clusters: int, name: str = "group", text: str | None = None)
 
 
 def become(end: Any, comm_id: int, wanted: RegisterMemStatus) -> None:
-    state = wait_until(lambda: (now := end.ask("query_register_mem_status", comm_id)) is not PREPARING and now, "it is prepared")
-    assert state is wanted
+    def prepared() -> Any:
+        state = end.ask("query_register_mem_status", comm_id)
+        return state is not PREPARING and state
+
+    assert peers.wait_until(prepared, "it is prepared") is wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_datadist import CacheKey, LLMClusterInfo, LLMConfig, LLMDataDist, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import CacheKey, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, LLMStatusCode
 from peers import ADDRESS, memory_at, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
@@ -62,19 +62,17 @@ def settings(role=LLMRole.DECODER, **given):
     return config.generate_options()
 
 
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
-
-
 def opened(role, cluster_id=DECODER, **given):
     engine = LLMDataDist(role, cluster_id)
     engine.init(settings(role, **given))
     return engine
+
+
+@pytest.fixture
+def decoder(request):
+    engine = opened(LLMRole.DECODER, **getattr(request, "param", {}))
+    yield engine
+    engine.finalize()
 
 
 def content(cache, tensor=0, device=0):

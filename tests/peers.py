@@ -30,12 +30,25 @@ from typing import Any, Callable
 
 import numpy as np
 
-from llm_datadist import Cache, CacheDesc, DataType, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, Placement, _native
+from llm_datadist import (
+    Cache,
+    CacheDesc,
+    DataType,
+    LLMClusterInfo,
+    LLMConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    Placement,
+    _native,
+)
 
 SUBJECT = Path(__file__).resolve()
 ANSWER_SECONDS = 60.0  # no answer of a peer is expected to take a tenth of it, on any machine
 POOL = '{"memory_size": 16777216}'
 ADDRESS = "127.0.0.1:0"
+SOURCE, TARGET = 1, 50  # numbers of the patterns of what is read and of what is written
 _DISTINCT = 256
 
 
@@ -45,6 +58,11 @@ def pattern(number: int, tensor: int, size: int) -> np.ndarray:
     if size <= _DISTINCT:
         return rng.permutation(_DISTINCT)[:size].astype(np.uint8)
     return np.frombuffer(rng.bytes(size), np.uint8).copy()
+
+
+def is_pattern(view: np.ndarray, number: int, tensor: int = 0) -> bool:
+    """Tell whether bytes are all those of a tensor of cache number."""
+    return np.array_equal(view, pattern(number, tensor, view.size))
 
 
 def ramp(number: int, tensor: int, size: int) -> np.ndarray:
@@ -92,6 +110,24 @@ def cluster(address: str, cluster_id: int | None, local: str | None = "127.0.0.1
     ip, port = address.split(":")
     info.append_remote_ip_info(ip, int(port))
     return info
+
+
+def refused(
+    call: Callable[..., Any],
+    *args: Any,
+    error: type[Exception] = LLMException,
+    code: LLMStatusCode = LLMStatusCode.LLM_PARAM_INVALID,
+    **kwargs: Any,
+) -> Any:
+    """Return the error that a call has to raise: one of just this class, and with this code where it is an LLMException."""
+    try:  # without pytest, which a peer would have to load
+        call(*args, **kwargs)
+    except error as failure:
+        assert type(failure) is error
+        if error is LLMException:
+            assert failure.status_code is code, failure
+        return failure
+    raise AssertionError(f"{call} was not refused")
 
 
 class End:
@@ -258,6 +294,15 @@ class Call:
         if kind == "raised":
             raise value
         return value
+
+
+def moved(end: End | Peer, name: str, moves: dict[int, np.ndarray], tensor: int = 0, number: int = TARGET) -> None:
+    """Check a tensor: where moves say so (start -> bytes) it is new, everywhere else it has the pattern of number."""
+    got = end.content(name)[tensor]
+    wanted = pattern(number, tensor, got.size)
+    for start, new in moves.items():
+        wanted[start : start + len(new)] = new
+    assert np.array_equal(got, wanted)
 
 
 class Peer:

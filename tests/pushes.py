@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of pushes share: two linked ends, and what has to have arrived at the one that is pushed to."""
+"""What the tests of pushes share, above all what has to have arrived at the end that is pushed to."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import pytest
 
-from llm_datadist import CacheKeyByIdAndIndex, LayerSynchronizer, LLMException, LLMStatusCode
-from peers import End, pattern
+from llm_datadist import LayerSynchronizer, LLMStatusCode
+from peers import TARGET, pattern
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -17,22 +16,6 @@ NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
-
-THEIRS, OURS = 1, 2  # cluster ids; a push goes from ours to theirs
-SOURCE, TARGET = 1, 50  # numbers of patterns
-
-
-def linked(process: Any, **settings: Any) -> End:
-    """Open both ends and link the one in this process, which is returned, to the other one."""
-    local = End()
-    address = process.open(THEIRS, **settings)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
-    return local
-
-
-def by_id(cache_id: int, batch: int = 0) -> CacheKeyByIdAndIndex:
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
 
 
 def source(number: int, tensor: int, shape: Any) -> np.ndarray:
@@ -50,13 +33,6 @@ def arrived(end: Any, name: str, rows: dict[tuple[int, int], Any]) -> None:
             if at == tensor:
                 wanted[row, : len(new)] = new
         assert np.array_equal(content, wanted.reshape(-1)), f"tensor {tensor}"
-
-
-def refused(call: Any, *args: Any, code: LLMStatusCode = PARAM_INVALID, **kwargs: Any) -> LLMException:
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 class Ready(LayerSynchronizer):

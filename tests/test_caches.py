@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from links import THEIRS, link
 from llm_datadist import (
     BlocksCacheKey,
     Cache,
@@ -21,7 +22,7 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import ADDRESS, POOL, End, Peer, desc, options, pattern
+from peers import ADDRESS, POOL, desc, options, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -30,21 +31,12 @@ NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 FEATURE_NOT_ENABLED = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
 FAILED = LLMStatusCode.LLM_FAILED
 
-OWNER, ASKER = 1, 2  # cluster ids
+OWNER = THEIRS  # cluster id
 U64MAX = 2**64 - 1
 PAGE = 1 << 16
 HOST = Placement.HOST
 ONE_TENSOR = desc([2, 4])
 KEY = CacheKey(OWNER, req_id=1)
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 @pytest.fixture
@@ -56,23 +48,19 @@ def manager():
     engine.finalize()
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
+@pytest.fixture
+def pair(local, remote):
+    """An owner here, and an asker elsewhere that has a cache "take" of 4 rows of 4 bytes."""
+    link(remote, local)
+    remote.add("take", desc([4, 4]), 50)
+    return local, remote
 
 
 @pytest.fixture
-def pair(process):
-    """An owner here, and an asker elsewhere that has a cache "take" of 4 rows of 4 bytes."""
-    owner = End()
-    address = owner.open(OWNER)
-    process.open(ASKER, listen=None)
-    assert process.link(address, OWNER) is SUCCESS
-    process.add("take", desc([4, 4]), 50)
-    yield owner, process
-    process.close()
-    owner.close()
+def one_sided(local, remote):
+    """An owner here, and an asker elsewhere, without caches."""
+    link(remote, local, one_sided=True)
+    return local, remote
 
 
 def asks(asker, key, row=0, tensors="take"):
@@ -600,13 +588,10 @@ def test_another_cluster_id_in_a_removed_key_is_not_looked_at(pair):
         (Placement.DEVICE, False, True, False),
     ],
 )
-def test_remote_accessible(process, blocks, placement, given, called_link, reachable):
-    owner = End()
-    address = owner.open(OWNER, one_sided=True)
-    process.open(ASKER, listen=None, one_sided=True)
-    assert process.link(address, OWNER) is SUCCESS
-    process.add("take", desc([2, 4]), 50)
-    process.add("hidden", desc([2, 4]), 51, accessible=False)
+def test_remote_accessible(one_sided, blocks, placement, given, called_link, reachable):
+    owner, asker = one_sided
+    asker.add("take", desc([2, 4]), 50)
+    asker.add("hidden", desc([2, 4]), 51, accessible=False)
     if called_link:
         owner.manager.set_is_call_linked()
         for call in ("register_cache", "register_blocks_cache"):
@@ -614,12 +599,10 @@ def test_remote_accessible(process, blocks, placement, given, called_link, reach
     cache_id = owner.add("give", desc([2, 4], placement=placement), 1, blocks=blocks, accessible=given)
     key = CacheKeyByIdAndIndex(OWNER, cache_id)
     if reachable:
-        assert np.array_equal(asks(process, key), pattern(1, 0, 8)[:4])
+        assert np.array_equal(asks(asker, key), pattern(1, 0, 8)[:4])
     else:
-        refused(asks, process, key)
-    refused(process.manage, "pull_cache", key, "hidden")  # the flag counts on both ends
-    process.close()
-    owner.close()
+        refused(asks, asker, key)
+    refused(asker.manage, "pull_cache", key, "hidden")  # the flag counts on both ends
 
 
 def test_in_two_sided_mode_the_flag_is_not_looked_at(pair):
@@ -628,17 +611,12 @@ def test_in_two_sided_mode_the_flag_is_not_looked_at(pair):
     assert np.array_equal(asks(asker, KEY), pattern(1, 0, 8)[:4])
 
 
-def test_allocated_caches_are_always_accessible(process):
-    owner = End()
-    address = owner.open(OWNER, one_sided=True)
-    process.open(ASKER, listen=None, one_sided=True)
-    assert process.link(address, OWNER) is SUCCESS
-    process.add("take", desc([2, 4], placement=HOST), 50, owned=True)
+def test_allocated_caches_are_always_accessible(one_sided):
+    owner, asker = one_sided
+    asker.add("take", desc([2, 4], placement=HOST), 50, owned=True)
     owner.manager.set_is_call_linked()
     cache_id = owner.add("give", desc([2, 4], placement=HOST), 1, owned=True)
-    assert np.array_equal(asks(process, CacheKeyByIdAndIndex(OWNER, cache_id)), pattern(1, 0, 8)[:4])
-    process.close()
-    owner.close()
+    assert np.array_equal(asks(asker, CacheKeyByIdAndIndex(OWNER, cache_id)), pattern(1, 0, 8)[:4])
 
 
 # --- after finalize

@@ -8,41 +8,15 @@ import asyncio
 import numpy as np
 import pytest
 
-from llm_datadist import BlocksCacheKey, CacheKey, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, memory_at, options, pattern
+from links import OURS, THEIRS, link
+from llm_datadist import BlocksCacheKey, CacheKey, LLMStatusCode
+from peers import ADDRESS, TARGET, Background, Peer, desc, memory_at, options, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 
-THEIRS, OURS = 1, 2
-TARGET = 50  # number of the destination's pattern
 BLOCKS, BLOCK = 64, 4096  # of a cache: blocks, and bytes of one
 MODELS = 3
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local(transport):
-    end = End()
-    yield end
-    end.close()
-
-
-def link(local, owner, **settings):
-    address = owner.open(THEIRS, **settings)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
 
 
 def offer(local, owner):
@@ -102,9 +76,7 @@ def test_a_pull_that_fails_in_a_thread_of_an_event_loop_raises_there(local, owne
     async def pull():
         await asyncio.to_thread(local.manage, "pull_blocks", BlocksCacheKey(THEIRS, 9), "d", [0], [0])
 
-    with pytest.raises(LLMException) as failure:
-        asyncio.run(pull())
-    assert failure.value.status_code is NOT_EXIST
+    refused(asyncio.run, pull(), code=NOT_EXIST)
 
 
 ROUNDS = """
@@ -209,9 +181,7 @@ def test_what_is_registered_over_the_same_memory_after_linking_is_used_at_once(l
     assert np.array_equal(local.content("d")[0].reshape(8, 256)[1:4], wanted[[5, 5, 7]])
 
     owner.drop("second")
-    with pytest.raises(LLMException) as failure:
-        local.manage("pull_blocks", BlocksCacheKey(THEIRS, 1), "d", [0], [0])
-    assert failure.value.status_code is NOT_EXIST
+    refused(local.manage, "pull_blocks", BlocksCacheKey(THEIRS, 1), "d", [0], [0], code=NOT_EXIST)
     local.manage("pull_blocks", BlocksCacheKey(THEIRS, 0), "d", [6], [0])
     assert np.array_equal(local.content("d")[0].reshape(8, 256)[0], wanted[6])
 

@@ -13,9 +13,9 @@ import pytest
 
 import living_host
 from kinds import pull_each_kind, push_each_kind
-from links import become, join, refused_address
+from links import become, join
 from llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode, RegisterMemStatus, _native
-from peers import Background, End, Peer, desc, options, pattern, wait_until
+from peers import Background, End, Peer, desc, free_port, options, pattern, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 FAILED = LLMStatusCode.LLM_FAILED
@@ -126,9 +126,8 @@ def test_engines_of_one_process_and_a_peer_in_another(transport, opened):
 
 
 def test_a_group_of_engines_of_one_process(opened):
-    held, address = refused_address()
-    held.close()
-    ends = [opened(cluster_id, listen=None, rendezvous_port=int(address.split(":")[1])) for cluster_id in (1, 2, 3)]
+    port = free_port()
+    ends = [opened(cluster_id, listen=None, rendezvous_port=port) for cluster_id in (1, 2, 3)]
     comm_ids = [join(end, 1, 2, 3) for end in ends]
     for end, comm_id in zip(ends, comm_ids):
         become(end, comm_id, RegisterMemStatus.OK)

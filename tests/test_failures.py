@@ -15,8 +15,9 @@ import zlib
 import numpy as np
 import pytest
 
+from links import OURS, THEIRS, by_id, link
 from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, memory_at, pattern, ramp, wait_until
+from peers import ADDRESS, SOURCE, TARGET, Background, Peer, desc, memory_at, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -25,48 +26,9 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
-THEIRS, OURS = 1, 2
-SOURCE, TARGET = 1, 50  # numbers of patterns
 SMALL = [2, 4096]
 LARGE = 1 << 28
 LATE = 10 * 0.1  # seconds: ten times the promised 100 ms after the deadline
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def local(transport):
-    end = End()
-    yield end
-    end.close()
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-def link(local, owner, **settings):
-    address = owner.open(THEIRS)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
-    return address
-
-
-def by_id(cache_id, batch=0):
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
-
-
-def refused(call, *args, code, **kwargs):
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 def add_small(local, owner):
@@ -379,7 +341,7 @@ def test_a_stopped_peer_does_not_keep_another_one(local, owner):
 
 
 @pytest.mark.parity("failure.transport")
-def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local):
+def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local, transport):
     size = 1 << 26
     right = {life: ramp(life, 0, size) for life in range(3)}
     address = ADDRESS
@@ -407,7 +369,7 @@ def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for
             assert local.checksum("d") == settled
 
 
-def test_a_puller_that_dies_in_the_middle_releases_nothing(local):
+def test_a_puller_that_dies_in_the_middle_releases_nothing(local, transport):
     address = local.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {SIZE}}}')  # there is room for one
     key = CacheKey(THEIRS, req_id=1)
     right = ramp(SOURCE, 0, SIZE)

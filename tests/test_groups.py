@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from links import PREPARING, become, join, refused, refused_address, table
+from links import PREPARING, become, join, refused, table
 from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMRole, LLMStatusCode
 from llm_datadist.utils import log
 from llm_datadist.v2.llm_types import RegisterMemStatus
-from peers import ADDRESS, End, Peer, desc, pattern, wait_until
+from peers import ADDRESS, Peer, desc, free_port, pattern, wait_until
 
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
@@ -30,28 +30,7 @@ UNKNOWN = '{"server_list":[{"device":[{}]}]}'
 
 @pytest.fixture
 def port():
-    held, address = refused_address()
-    held.close()
-    return int(address.split(":")[1])
-
-
-@pytest.fixture
-def local():
-    end = End()
-    yield end
-    end.close()
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def remote(process):
-    yield process
-    process.close()
+    return free_port()
 
 
 def start(end, cluster_id, port, **settings):

@@ -14,7 +14,7 @@ import pytest
 from links import refused, refused_address
 from llm_datadist import CacheKey, CacheKeyByIdAndIndex, LLMClusterInfo, LLMException, LLMRole, LLMStatusCode, _native
 from llm_datadist.utils import log
-from peers import ADDRESS, Background, End, Peer, cluster, desc, pattern, wait_until
+from peers import ADDRESS, Background, Peer, cluster, desc, pattern, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -28,26 +28,6 @@ pytestmark = pytest.mark.usefixtures("quiet")  # links fail here, on purpose
 
 OURS, THEIRS = 2, 1  # cluster ids
 ROW = [1, 64]
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def remote(process):
-    """An End in another process, without an engine yet."""
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local():
-    end = End()
-    yield end
-    end.close()
 
 
 @pytest.fixture

@@ -11,46 +11,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_datadist import Cache, CacheKey, LLMException, LLMStatusCode, Placement
-from peers import End, desc, pattern
+from peers import SOURCE, TARGET, desc, moved, pattern, refused
 
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 HOST, DEVICE = Placement.HOST, Placement.DEVICE
-SOURCE, TARGET = 1, 50  # numbers of patterns
 
 
 @pytest.fixture
-def end():
-    made = End()
-    made.open(1, listen=None)
-    yield made
-    made.close()
+def end(local):
+    local.open(1, listen=None)
+    return local
 
 
 def rows(end, name, number, shape, count=1, **kwargs):
     end.add(name, desc(shape, tensors=count, placement=kwargs.pop("placement", DEVICE)), number, **kwargs)
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
-
-
-def moved(end, name, moves, tensor=0, number=TARGET):
-    got = end.content(name)[tensor]
-    wanted = pattern(number, tensor, got.size)
-    for start, new in moves.items():
-        wanted[start : start + len(new)] = new
-    assert np.array_equal(got, wanted)
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    return request.param
 
 
 # --- copy_cache

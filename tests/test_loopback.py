@@ -21,7 +21,7 @@ from llm_datadist import (
     RegisterMemStatus,
     TransferWithCacheKeyConfig,
 )
-from peers import End, Peer, cluster, desc, pattern
+from peers import End, Peer, cluster, desc, pattern, refused
 from pushes import Ready
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
@@ -34,13 +34,6 @@ EXIST_LINK = LLMStatusCode.LLM_EXIST_LINK
 OURS, OTHER = 3, 2  # cluster ids; there is no engine of the other one
 NOWHERE = "127.0.0.1:1"
 GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide.md"
-
-
-def raises(code, call, *args, **kwargs):
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 @pytest.fixture
@@ -78,7 +71,7 @@ def test_a_link_to_any_cluster_succeeds_at_once(opened, quiet):
 
 
 def test_live_links_count(linked):
-    raises(EXIST_LINK, linked.engine.switch_role, LLMRole.DECODER)
+    refused(linked.engine.switch_role, LLMRole.DECODER, code=EXIST_LINK)
     assert linked.unlink(OTHER, NOWHERE) is SUCCESS
     linked.engine.switch_role(LLMRole.DECODER)
 
@@ -91,7 +84,7 @@ def test_an_unlinked_cluster_has_no_link(linked, address):
     linked.manage("pull_cache", key, "take")
     for _ in range(2):
         assert linked.unlink(OTHER, address) is SUCCESS
-    raises(NOT_YET_LINK, linked.manage, "pull_cache", key, "take")
+    refused(linked.manage, "pull_cache", key, "take", code=NOT_YET_LINK)
     assert linked.link(NOWHERE, OTHER) is SUCCESS
     linked.manage("pull_cache", key, "take")
 
@@ -101,7 +94,7 @@ def test_a_link_to_the_own_cluster_goes_over_sockets_and_is_no_source(opened):
     assert end.link(end.engine.listen_address, OURS) is SUCCESS
     assert "transport" not in end.told(OURS)
     cache_id = end.add("any", desc([1, 8]), 1)
-    raises(PARAM_INVALID, end.manage, "pull_cache", CacheKeyByIdAndIndex(OURS, cache_id), "any")
+    refused(end.manage, "pull_cache", CacheKeyByIdAndIndex(OURS, cache_id), "any")
 
 
 def test_what_is_wrong_with_a_cluster_info_is_refused_all_the_same(opened, quiet):
@@ -135,8 +128,8 @@ def test_groups_as_the_originals_tests_have_them(opened):
     push_each_kind(end, end, OTHER)
     end.engine.unlink(2)
     cache_id = end.add("any", desc([1, 8]), 1)
-    raises(NOT_YET_LINK, end.manage, "pull_cache", CacheKeyByIdAndIndex(OTHER, cache_id), "any")
-    raises(NOT_YET_LINK, end.engine.unlink, 2)
+    refused(end.manage, "pull_cache", CacheKeyByIdAndIndex(OTHER, cache_id), "any", code=NOT_YET_LINK)
+    refused(end.engine.unlink, 2, code=NOT_YET_LINK)
 
 
 # --- pulls
@@ -157,7 +150,7 @@ def test_a_row_that_was_allocated_after_the_link_is_pulled_once(opened):
     for tensor, got in enumerate(end.content("take")):
         wanted = np.concatenate([pattern(2, tensor, 16)[:8], pattern(1, tensor, 16)[8:]])
         assert np.array_equal(got, wanted)
-    raises(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, end.manage, "pull_cache", key, "take")
+    refused(end.manage, "pull_cache", key, "take", code=LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
 
 
 def test_tensors_per_layer_as_the_originals_tests_have_them(linked):
@@ -165,7 +158,7 @@ def test_tensors_per_layer_as_the_originals_tests_have_them(linked):
     layers = {"src_layer_range": range(1), "dst_layer_range": range(1)}
     linked.add("take one", desc([1, 8]), 3)
     linked.add("take ten", desc([1, 8], 10), 4)
-    raises(PARAM_INVALID, linked.manage, "pull_cache", CacheKeyByIdAndIndex(OTHER, small), "take one", **layers)
+    refused(linked.manage, "pull_cache", CacheKeyByIdAndIndex(OTHER, small), "take one", **layers)
     linked.manage("pull_cache", CacheKeyByIdAndIndex(OTHER, small), "take one", size=4)
     linked.manage("pull_cache", CacheKeyByIdAndIndex(OTHER, large), "take ten", **layers)
     assert np.array_equal(linked.content("take one")[0][:4], pattern(1, 0, 8)[:4])
@@ -220,7 +213,7 @@ def test_the_environment_switches_it_on(monkeypatch):
 
 
 def test_another_value_is_refused(opened):
-    failure = raises(PARAM_INVALID, opened, fabric="memory")
+    failure = refused(opened, fabric="memory")
     assert "open.Fabric" in failure.cause
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from links import OURS, THEIRS, by_id, link
 from llm_datadist import (
     BlocksCacheKey,
     Cache,
@@ -20,16 +21,14 @@ from llm_datadist import (
     LLMStatusCode,
     Placement,
 )
-from peers import Background, End, Peer, desc, pattern
+from peers import SOURCE, TARGET, Background, desc, moved, pattern, refused
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 
-THEIRS, OURS = 1, 2  # cluster ids; a pull goes from theirs to ours
 U64MAX = 2**64 - 1
-SOURCE, TARGET = 1, 50  # numbers of patterns
 BY_BLOCKS = BlocksCacheKey(THEIRS)
 
 
@@ -41,53 +40,22 @@ def prefix(n, model_id=0):
     return CacheKey(THEIRS, req_id=U64MAX, model_id=model_id, prefix_id=n)
 
 
-def by_id(cache_id, batch=0):
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
-def linked(process, **settings):
-    local = End()
-    address = process.open(THEIRS, **settings)
-    local.open(OURS, listen=None, **settings)
-    assert local.link(address, THEIRS) is SUCCESS
-    return local, process, address
-
-
 @pytest.fixture
-def ends(process):
+def ends(owner, local):
     """The end that pulls, here, and the owner, in another process; two-sided."""
-    local, owner, _ = linked(process)
-    yield local, owner
-    local.close()
-    owner.close()
+    link(local, owner)
+    return local, owner
 
 
 @pytest.fixture
-def one_sided(process):
-    local, owner, _ = linked(process, one_sided=True)
-    yield local, owner
-    local.close()
-    owner.close()
+def one_sided(owner, local):
+    link(local, owner, one_sided=True)
+    return local, owner
 
 
 def tensors(number, shape, count=1):
     size = int(np.prod(shape))
     return [pattern(number, tensor, size) for tensor in range(count)]
-
-
-def refused(call, *args, error=LLMException, code=PARAM_INVALID, **kwargs):
-    with pytest.raises(error) as failure:
-        call(*args, **kwargs)
-    assert type(failure.value) is error
-    if error is LLMException:
-        assert failure.value.status_code is code, failure.value
-    return failure.value
 
 
 def refused_unchanged(local, name, call, *args, **kwargs):
@@ -98,21 +66,7 @@ def refused_unchanged(local, name, call, *args, **kwargs):
     return failure
 
 
-def moved(local, name, moves, tensor=0):
-    """Check a tensor: where moves say so (start -> bytes) it is new, everywhere else it is as it was."""
-    got = local.content(name)[tensor]
-    wanted = pattern(TARGET, tensor, got.size)
-    for start, new in moves.items():
-        wanted[start : start + len(new)] = new
-    assert np.array_equal(got, wanted)
-
-
 # --- worked examples of the specification, each with every way to hold the memory
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    return request.param
 
 
 @pytest.mark.parity("manager.pull_cache")
@@ -480,8 +434,8 @@ def test_a_request_beyond_a_control_frame_is_refused(refusing):
             moved(local, "blocks", {4: tensors(SOURCE, [4, 4])[0][4:8]})
 
 
-def test_a_failure_says_who_where_and_why_and_survives_pickling(process):
-    local, owner, address = linked(process)
+def test_a_failure_says_who_where_and_why_and_survives_pickling(local, owner):
+    address = link(local, owner)
     local.add("d", desc([2, 4]), TARGET)
     failure = refused(local.manage, "pull_cache", key(3), "d", code=NOT_EXIST)
     fields = ("status_code", "operation", "peer", "address", "stage", "cause", "hint", "args")
@@ -491,8 +445,6 @@ def test_a_failure_says_who_where_and_why_and_survives_pickling(process):
     again = pickle.loads(pickle.dumps(failure))
     assert type(again) is LLMException
     assert [getattr(again, name) for name in fields] == [getattr(failure, name) for name in fields]
-    local.close()
-    owner.close()
 
 
 # --- block lists

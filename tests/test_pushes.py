@@ -8,47 +8,28 @@ import time
 import numpy as np
 import pytest
 
+from links import OURS, THEIRS, by_id, link
 from llm_datadist import BlocksCacheKey, Cache, CacheKey, CacheKeyByIdAndIndex, LLMException
-from peers import Background, End, Peer, desc, ramp, wait_until
+from peers import SOURCE, TARGET, Background, Peer, desc, ramp, refused, wait_until
 from pushes import (
     FAILED,
     NOT_EXIST,
     NOT_YET_LINK,
-    OURS,
     PARAM_INVALID,
-    SOURCE,
     SUCCESS,
-    TARGET,
-    THEIRS,
     TIMEOUT,
     arrived,
-    by_id,
-    linked,
-    refused,
     source,
 )
 
 BLOCKS = BlocksCacheKey(THEIRS)
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
 @pytest.fixture
-def ends(process):
+def ends(owner, local):
     """The end that pushes, here, and the one that is pushed to, in another process; one-sided."""
-    local = linked(process, one_sided=True)
-    yield local, process
-    local.close()
-    process.close()
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    return request.param
+    link(local, owner, one_sided=True)
+    return local, owner
 
 
 # --- which bytes arrive
@@ -131,20 +112,15 @@ def test_a_large_push_of_many_scattered_blocks(ends):
     arrived(owner, "d", {(tensor, to): blocks[tensor][of] for tensor in range(2) for of, to in zip(src, dst)})
 
 
-def test_a_push_goes_over_a_link_that_the_receiver_has_made(process):
-    local = End()
+def test_a_push_goes_over_a_link_that_the_receiver_has_made(local, owner):
     address = local.open(OURS, one_sided=True)
-    process.open(THEIRS, listen=None, one_sided=True)
-    try:
-        assert process.link(address, OURS) is SUCCESS
-        local.add("s", desc([4, 4], tensors=2), SOURCE, blocks=True)
-        process.add("d", desc([4, 4], tensors=2), TARGET, BLOCKS, blocks=True)
-        local.manage("push_blocks", BLOCKS, "s", [0, 3], [1, 2])
-        rows = {(tensor, to): source(SOURCE, tensor, (4, 4))[of] for tensor in range(2) for of, to in ((0, 1), (3, 2))}
-        arrived(process, "d", rows)
-    finally:
-        local.close()
-        process.close()
+    owner.open(THEIRS, listen=None, one_sided=True)
+    assert owner.link(address, OURS) is SUCCESS
+    local.add("s", desc([4, 4], tensors=2), SOURCE, blocks=True)
+    owner.add("d", desc([4, 4], tensors=2), TARGET, BLOCKS, blocks=True)
+    local.manage("push_blocks", BLOCKS, "s", [0, 3], [1, 2])
+    rows = {(tensor, to): source(SOURCE, tensor, (4, 4))[of] for tensor in range(2) for of, to in ((0, 1), (3, 2))}
+    arrived(owner, "d", rows)
 
 
 def test_pushes_from_many_threads_do_not_mix(ends):
@@ -238,20 +214,16 @@ def test_what_can_not_be_pushed_is_refused_and_moves_nothing(refusing):
     arrived(owner, "d", {(tensor, 0): source(SOURCE, tensor, (2, 4))[0] for tensor in range(4)})
 
 
-def test_two_sided_mode_has_no_pushes(process):
-    local = linked(process)
-    try:
-        to = process.add("d", desc([2, 4], tensors=2), TARGET)
-        process.add("blocks", desc([2, 4], tensors=2), TARGET, BLOCKS, blocks=True)
-        local.add("s", desc([2, 4], tensors=2), SOURCE)
-        local.add("blocks", desc([2, 4], tensors=2), SOURCE, blocks=True)
-        assert "enable_remote_cache_accessible" in str(refused(local.manage, "push_cache", by_id(to), "s"))
-        assert "enable_remote_cache_accessible" in str(refused(local.manage, "push_blocks", BLOCKS, "blocks", [0], [0]))
-        arrived(process, "d", {})
-        arrived(process, "blocks", {})
-    finally:
-        local.close()
-        process.close()
+def test_two_sided_mode_has_no_pushes(local, owner):
+    link(local, owner)
+    to = owner.add("d", desc([2, 4], tensors=2), TARGET)
+    owner.add("blocks", desc([2, 4], tensors=2), TARGET, BLOCKS, blocks=True)
+    local.add("s", desc([2, 4], tensors=2), SOURCE)
+    local.add("blocks", desc([2, 4], tensors=2), SOURCE, blocks=True)
+    assert "enable_remote_cache_accessible" in str(refused(local.manage, "push_cache", by_id(to), "s"))
+    assert "enable_remote_cache_accessible" in str(refused(local.manage, "push_blocks", BLOCKS, "blocks", [0], [0]))
+    arrived(owner, "d", {})
+    arrived(owner, "blocks", {})
 
 
 def test_after_finalize_a_push_is_invalid(ends):
@@ -278,60 +250,52 @@ SIZE = 1 << 26
 LATE = 10 * 0.1  # seconds: ten times the 100 ms promised after the second in which a receiver may confirm
 
 
-def test_a_stopped_receiver_has_not_confirmed_and_later_calls_wait_for_it(process):
+def test_a_stopped_receiver_has_not_confirmed_and_later_calls_wait_for_it(local, owner):
     timeout = 0.5
-    local = linked(process, one_sided=True, sync_kv_timeout=int(timeout * 1000))
-    try:
-        local.add("s", desc([2, 4096], tensors=2), SOURCE)
-        local.add("t", desc([1, 4096], tensors=2), TARGET)
-        to = process.add("d", desc([2, 4096], tensors=2), TARGET)
-        with process.stopped():
-            push = Background(local.manage, "push_cache", by_id(to), "s")
-            failure = refused(push.result, code=TIMEOUT)
-            assert failure.cause == "receiver has not confirmed"
-            assert timeout + 0.9 < push.seconds < timeout + 1 + LATE
-            began = time.monotonic()
-            refused(local.manage, "pull_cache", by_id(to), "t", code=TIMEOUT)
-            refused(local.manage, "push_cache", by_id(to), "s", code=TIMEOUT)
-            assert time.monotonic() - began < 2 * timeout + LATE  # they have sent nothing that needs to be confirmed
+    link(local, owner, one_sided=True, sync_kv_timeout=int(timeout * 1000))
+    local.add("s", desc([2, 4096], tensors=2), SOURCE)
+    local.add("t", desc([1, 4096], tensors=2), TARGET)
+    to = owner.add("d", desc([2, 4096], tensors=2), TARGET)
+    with owner.stopped():
+        push = Background(local.manage, "push_cache", by_id(to), "s")
+        failure = refused(push.result, code=TIMEOUT)
+        assert failure.cause == "receiver has not confirmed"
+        assert timeout + 0.9 < push.seconds < timeout + 1 + LATE
+        began = time.monotonic()
+        refused(local.manage, "pull_cache", by_id(to), "t", code=TIMEOUT)
+        refused(local.manage, "push_cache", by_id(to), "s", code=TIMEOUT)
+        assert time.monotonic() - began < 2 * timeout + LATE  # they have sent nothing that needs to be confirmed
 
-        def pushed():  # the link serves as soon as the receiver has let go
-            try:
-                return local.manage("push_cache", by_id(to, 1), "s", 1) is None
-            except LLMException as exc:
-                assert exc.status_code is TIMEOUT, exc
+    def pushed():  # the link serves as soon as the receiver has let go
+        try:
+            return local.manage("push_cache", by_id(to, 1), "s", 1) is None
+        except LLMException as exc:
+            assert exc.status_code is TIMEOUT, exc
 
-        wait_until(pushed, "the receiver has confirmed")
-        got = process.content("d")
-        for tensor in range(2):
-            assert np.array_equal(got[tensor][4096:], source(SOURCE, tensor, (2, 4096))[1])
-    finally:
-        local.close()
-        process.close()
+    wait_until(pushed, "the receiver has confirmed")
+    got = owner.content("d")
+    for tensor in range(2):
+        assert np.array_equal(got[tensor][4096:], source(SOURCE, tensor, (2, 4096))[1])
 
 
-def test_a_receiver_that_is_killed_ends_the_push(transport):
-    local = End()
+def test_a_receiver_that_is_killed_ends_the_push(local, transport):
     local.open(OURS, listen=None, one_sided=True)
     local.add("s", desc([1, SIZE], tensors=2), SOURCE, content=ramp)
+    with Peer() as owner:
+        address = owner.open(THEIRS, one_sided=True)
+        to = owner.add("d", desc([1, SIZE], tensors=2), TARGET, content=ramp)
+        assert local.link(address, THEIRS) is SUCCESS
+        first = int(ramp(SOURCE, 0, 8)[0])
+        owner.run("end.tensors('d')[0][0] = byte", byte=~first & 0xFF)
+        with owner.watched("d") as byte:
+            push = Background(local.manage, "push_cache", by_id(to), "s")
+            wait_until(lambda: byte(0) == first or not push.running(), "bytes arrive")
+            owner.kill()
     try:
-        with Peer() as owner:
-            address = owner.open(THEIRS, one_sided=True)
-            to = owner.add("d", desc([1, SIZE], tensors=2), TARGET, content=ramp)
-            assert local.link(address, THEIRS) is SUCCESS
-            first = int(ramp(SOURCE, 0, 8)[0])
-            owner.run("end.tensors('d')[0][0] = byte", byte=~first & 0xFF)
-            with owner.watched("d") as byte:
-                push = Background(local.manage, "push_cache", by_id(to), "s")
-                wait_until(lambda: byte(0) == first or not push.running(), "bytes arrive")
-                owner.kill()
-        try:
-            push.result()  # it was through
-        except LLMException as exc:
-            assert exc.status_code is FAILED and "peer died" in exc.cause, exc
-        refused(local.manage, "push_cache", by_id(to), "s", code=NOT_YET_LINK)
-    finally:
-        local.close()
+        push.result()  # it was through
+    except LLMException as exc:
+        assert exc.status_code is FAILED and "peer died" in exc.cause, exc
+    refused(local.manage, "push_cache", by_id(to), "s", code=NOT_YET_LINK)
 
 
 def test_an_unlink_during_a_push_ends_it(ends):

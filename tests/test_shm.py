@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 
 import living_host
+from links import OURS, THEIRS, by_id, link_over_shm
 from living_host import inside
-from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, Background, End, Peer, desc, pattern, ramp, wait_until
+from llm_datadist import BlocksCacheKey, CacheKey, LLMException, LLMStatusCode
+from peers import ADDRESS, SOURCE, TARGET, Background, Peer, desc, is_pattern, pattern, ramp, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
@@ -33,12 +34,10 @@ NOT_YET_LINK = LLMStatusCode.LLM_NOT_YET_LINK
 OUT_OF_MEMORY = LLMStatusCode.LLM_OUT_OF_MEMORY
 FAILED = LLMStatusCode.LLM_FAILED
 TIMEOUT = LLMStatusCode.LLM_TIMEOUT
-DEAD = (FAILED, NOT_YET_LINK)
+DEAD = (FAILED, NOT_YET_LINK)  # which one depends on whether the call or the link finds it out first
 
 pytestmark = pytest.mark.usefixtures("quiet")  # peers die here, on purpose
 
-THEIRS, OURS = 1, 2  # cluster ids; a pull goes from theirs to ours
-SOURCE, TARGET = 1, 50  # numbers of patterns
 BLOCKS = BlocksCacheKey(THEIRS)
 EVERY = [0, 1, 2, 3]
 LARGE = 1 << 28
@@ -49,55 +48,9 @@ def key(n):
     return CacheKey(THEIRS, req_id=n)
 
 
-def by_id(cache_id, batch=0):
-    return CacheKeyByIdAndIndex(THEIRS, cache_id, batch)
-
-
-
 @pytest.fixture(scope="module")
-def process():
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local():
-    end = End()
-    yield end
-    end.close()
-
-
-@pytest.fixture(params=[False, True], ids=["registered", "owned"])
-def owned(request):
-    """Whether the source is memory of the owner's pool, which peers map, or private memory, which the kernel reads for them."""
-    return request.param
-
-
-def link(puller, owner, **settings):
-    """Link two ends that are free to choose, see that they share memory, and return the owner's address."""
-    address = owner.open(THEIRS, **settings)
-    puller.open(OURS, listen=None, **settings)
-    assert puller.link(address, THEIRS) is SUCCESS
-    assert puller.told(THEIRS)["transport"] == "shm"
-    return address
-
-
-def refused(call, *args, code, **kwargs):
-    codes = code if isinstance(code, tuple) else (code,)
-    with pytest.raises(LLMException) as failure:
-        call(*args, **kwargs)
-    assert failure.value.status_code in codes, failure.value
-    return failure.value
-
-
-def is_pattern(view, number, tensor=0):
-    return np.array_equal(view, pattern(number, tensor, view.size))
+def transport():
+    """None is required: the ends choose to share memory."""
 
 
 # --- every pull, out of and into every kind of memory
@@ -137,7 +90,7 @@ def take(local, name, description, into, blocks=False):
 @pytest.mark.parametrize("into", INTO)
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
 def test_every_pull_moves_every_byte_into_any_memory(local, owner, owned, one_sided, into):
-    link(local, owner, one_sided=one_sided)
+    link_over_shm(local, owner, one_sided=one_sided)
     rows = owner.add("rows", desc([4, ROW], 4), SOURCE, [key(n) for n in range(4)], owned=owned)
     owner.add("blocks", desc([8, ROW], 4), SOURCE + 1, BLOCKS, blocks=True, owned=owned)
     take(local, "d", desc([4, ROW], 4), into)
@@ -180,7 +133,7 @@ def test_every_pull_moves_every_byte_into_any_memory(local, owner, owned, one_si
 def test_a_large_pull(local, owner, owned, into):
     """More than is copied in one go: the pull goes on in the background while its caller waits."""
     size = LARGE if into == "numpy" else 3 * LARGE // 4
-    link(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}')
+    link_over_shm(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}')
     owner.add("s", desc([4, size // 4]), SOURCE, BLOCKS, blocks=True, owned=owned, content=ramp)
     local.lend("d", desc([4, size // 4]), INTO[into]([size]), blocks=True)
     wanted = ramp(SOURCE, 0, size).reshape(4, -1)
@@ -192,7 +145,7 @@ def test_a_large_pull(local, owner, owned, into):
 @pytest.mark.parametrize("threads", [1, 3, 64])
 def test_any_number_of_copy_threads_moves_every_byte(local, owner, owned, threads):
     size = 40 << 20
-    link(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}', copy_threads=threads)
+    link_over_shm(local, owner, mem_pool_cfg=f'{{"memory_size": {size}}}', copy_threads=threads)
     owner.add("s", desc([5, size // 5]), SOURCE, BLOCKS, blocks=True, owned=owned, content=ramp)
     local.lend("d", desc([5, size // 5]), [np.zeros(size, np.uint8)], blocks=True)
     for _ in range(3):
@@ -202,7 +155,7 @@ def test_any_number_of_copy_threads_moves_every_byte(local, owner, owned, thread
 
 
 def test_a_pull_of_a_byte(local, owner, owned):
-    link(local, owner)
+    link_over_shm(local, owner)
     owner.add("s", desc([9, 1]), SOURCE, BLOCKS, blocks=True, owned=owned)
     local.add("d", desc([9, 1]), TARGET, blocks=True)
     for n in range(9):
@@ -211,7 +164,7 @@ def test_a_pull_of_a_byte(local, owner, owned):
 
 
 def test_what_is_made_after_the_link_is_there_at_once(local, owner, owned):
-    link(local, owner)
+    link_over_shm(local, owner)
     local.add("d", desc([1, 300]), TARGET, blocks=True)
     for n in range(50):
         cache_id = owner.add("s", desc([1, 300]), n, BlocksCacheKey(THEIRS, n), blocks=True, owned=owned)
@@ -221,7 +174,7 @@ def test_what_is_made_after_the_link_is_there_at_once(local, owner, owned):
 
 
 def test_a_key_that_is_taken_over_leads_to_the_new_cache_at_once(local, owner, owned):
-    link(local, owner)
+    link_over_shm(local, owner)
     local.add("d", desc([4, 300]), TARGET, blocks=True)
     local.add("row", desc([1, 1200]), TARGET)
     first = owner.add("s0", desc([4, 300]), 0, BLOCKS, blocks=True, owned=owned)
@@ -243,7 +196,7 @@ def test_a_key_that_is_taken_over_leads_to_the_new_cache_at_once(local, owner, o
 
 
 def test_a_cache_whose_key_was_taken_over_is_still_reached_by_id(local, owner, owned):
-    link(local, owner, one_sided=True)  # two-sided ids name rows
+    link_over_shm(local, owner, one_sided=True)  # two-sided ids name rows
     local.add("row", desc([1, 1200]), TARGET)
     for n in range(10):
         owner.add(f"s{n}", desc([4, 300]), n, BLOCKS, blocks=True, owned=owned and n == 0)
@@ -254,7 +207,7 @@ def test_a_cache_whose_key_was_taken_over_is_still_reached_by_id(local, owner, o
 
 def test_many_threads_pull_single_blocks_over_one_link(local, owner, owned):
     blocks, size, threads = 64, 16 << 10, 16
-    link(local, owner)
+    link_over_shm(local, owner)
     owner.add("s", desc([blocks, size], 2), SOURCE, BLOCKS, blocks=True, owned=owned)
     local.add("d", desc([blocks, size], 2), TARGET, blocks=True)
     whole = [pattern(SOURCE, tensor, blocks * size).reshape(blocks, size) for tensor in range(2)]
@@ -278,7 +231,7 @@ def test_many_threads_pull_single_blocks_over_one_link(local, owner, owned):
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
 def test_a_stopped_owner_is_not_needed_for_what_is_known(local, owner, owned, one_sided):
     timeout = 0.5
-    link(local, owner, one_sided=one_sided, sync_kv_timeout=int(timeout * 1000))
+    link_over_shm(local, owner, one_sided=one_sided, sync_kv_timeout=int(timeout * 1000))
     owner.add("blocks", desc([4, 5000]), SOURCE, BLOCKS, blocks=True, owned=owned)
     rows = owner.add("rows", desc([2, 5000]), SOURCE + 1, owned=owned and one_sided)  # else a row may have a key to be released
     late = owner.add("late", desc([2, 5000]), SOURCE + 2, [key(1)], owned=owned)
@@ -345,9 +298,9 @@ def test_a_deadline_in_the_middle_of_a_copy_ends_it(local, owner, owned):
 
 
 @pytest.mark.parametrize("folder", ["/dev/shm", "disk"])
-def test_a_destination_file_that_is_truncated_gets_an_error_and_no_signal(process, local, tmp_path, owned, folder):
+def test_a_destination_file_that_is_truncated_gets_an_error_and_no_signal(remote, local, tmp_path, owned, folder):
     """The process that pulls is another one: a store beyond the end of a file would kill it."""
-    owner, puller, size = local, process, 1 << 25
+    owner, puller, size = local, remote, 1 << 25
     with tempfile.NamedTemporaryFile(dir=tmp_path if folder == "disk" else folder) as file:
         file.truncate(size)
         address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {2 * size}}}')
@@ -393,7 +346,6 @@ def test_a_destination_file_that_is_truncated_gets_an_error_and_no_signal(proces
                 break
         assert ends["truncated"], ends
         whole()
-        puller.close()
 
 
 TAKEN_AWAY = {
@@ -403,9 +355,9 @@ TAKEN_AWAY = {
 
 
 @pytest.mark.parametrize("how", TAKEN_AWAY)
-def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(process, local, owned, how):
+def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(remote, local, owned, how):
     """The process that pulls is another one: a plain store to such memory would kill it."""
-    owner, puller, size = local, process, 1 << 20
+    owner, puller, size = local, remote, 1 << 20
     address = owner.open(THEIRS)
     owner.add("s", desc([4, size // 4]), SOURCE, BLOCKS, blocks=True, owned=owned)
     puller.open(OURS, listen=None)
@@ -431,11 +383,10 @@ def test_a_destination_that_is_taken_away_gets_an_error_and_no_signal(process, l
         puller.fill("good", TARGET)
         puller.manage("pull_blocks", BLOCKS, "good", EVERY, EVERY)
         assert is_pattern(puller.content("good")[0], SOURCE)
-    puller.close()
 
 
 def test_a_source_file_that_its_owner_truncates_is_an_error(local, owner, tmp_path):
-    link(local, owner)
+    link_over_shm(local, owner)
     size = 1 << 25
     path = tmp_path / "source"
     right = ramp(SOURCE, 0, size)
@@ -501,7 +452,7 @@ REUSE = {
 def test_pulls_of_memory_that_is_used_again_and_again_get_no_other_bytes(local, owner, how):
     """By id, which is never used again: bytes of that cache alone, or none."""
     size, rounds, distinct = 1 << 20, 100, 7
-    link(local, owner, one_sided=True, mem_pool_cfg=f'{{"memory_size": {size}}}')  # there is room for one
+    link_over_shm(local, owner, one_sided=True, mem_pool_cfg=f'{{"memory_size": {size}}}')  # there is room for one
     code = f"from peers import desc, ramp\n{REUSE[how]}"
     contents = [ramp(number, 0, size) for number in range(distinct)]
     first = owner.add("s", desc([4, size // 4]), 1, BLOCKS, blocks=True, owned=how != "unregister", content=ramp)
@@ -542,10 +493,10 @@ def test_pulls_of_memory_that_is_used_again_and_again_get_no_other_bytes(local, 
 
 
 @pytest.mark.parametrize("how", [*REUSE, "withdrawn"])
-def test_a_pull_that_stands_still_while_its_source_changes_hands_gets_no_other_bytes(local, process, how):
+def test_a_pull_that_stands_still_while_its_source_changes_hands_gets_no_other_bytes(local, remote, how):
     """It finds out, asks what the key means by now, and begins again."""
     size = 1 << 26
-    owner, puller = local, process
+    owner, puller = local, remote
     address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {size}}}')
     puller.open(OURS, listen=None, sync_kv_timeout=60_000)
     assert puller.link(address, THEIRS) is SUCCESS
@@ -581,14 +532,13 @@ def test_a_pull_that_stands_still_while_its_source_changes_hands_gets_no_other_b
                 owner.add("s", desc([4, size // 4]), new, BLOCKS, blocks=True, owned=owned, content=ramp)
             if midway == 3:
                 break
-    puller.close()
     assert midway, "no pull was stopped in the middle"
 
 
-def test_a_pull_that_stands_still_beyond_its_lease_fails(local, process):
+def test_a_pull_that_stands_still_beyond_its_lease_fails(local, remote):
     """The owner takes the memory back one second after the deadline, whatever the puller does."""
     size = 1 << 26
-    owner, puller = local, process
+    owner, puller = local, remote
     address = owner.open(THEIRS, mem_pool_cfg=f'{{"memory_size": {size}}}')
     puller.open(OURS, listen=None, sync_kv_timeout=500)
     assert puller.link(address, THEIRS) is SUCCESS
@@ -613,7 +563,6 @@ def test_a_pull_that_stands_still_beyond_its_lease_fails(local, process):
         else:
             pytest.fail("no pull was stopped in the middle")
         refused(call.result, code=TIMEOUT)
-    puller.close()
 
 
 def room_for_another(owner, size):
@@ -631,78 +580,92 @@ def shared_mappings():
     return sum("/memfd:llm_datadist" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
-def test_nothing_is_read_of_a_dead_owner_and_its_successor_serves(local, owned, known):
-    """Killed with nothing under way; the next pull may come before any socket has told."""
+@pytest.fixture
+def puller(local):
+    """The local end, with four blocks to pull into."""
     local.open(OURS, listen=None)
     local.add("d", desc([4, 5000]), TARGET, blocks=True)
+    return local
+
+
+def offer(puller, owner, number, owned, listen=ADDRESS, block=5000):
+    """Open the owner with four blocks that have the pattern of number, link the puller to it, and return its address."""
+    address = owner.open(THEIRS, listen=listen)
+    owner.add("s", desc([4, block]), number, BLOCKS, blocks=True, owned=owned)
+    assert puller.link(address, THEIRS) is SUCCESS
+    return address
+
+
+def pull(puller):
+    """Pull the four blocks and return them."""
+    puller.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
+    return puller.content("d")[0]
+
+
+def finds_it_dead(puller):
+    with pytest.raises(LLMException) as failure:
+        pull(puller)
+    assert failure.value.status_code in DEAD, failure.value
+
+
+def sees_the_death(puller):
+    wait_until(lambda: "dead" in puller.told(THEIRS)["cluster 1"], "it is known")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_nothing_is_read_of_a_dead_owner_and_its_successor_serves(puller, owned, known):
+    """Killed with nothing under way; the next pull may come before any socket has told."""
     address, mapped_before = ADDRESS, shared_mappings()
     for life in range(3):
         with Peer() as peer:
-            address = peer.open(THEIRS, listen=address)
-            peer.add("s", desc([4, 5000]), life, BLOCKS, blocks=True, owned=owned)
-            assert local.link(address, THEIRS) is SUCCESS
-            assert local.told(THEIRS)["transport"] == "shm"
+            address = offer(puller, peer, life, owned, address)
+            assert puller.told(THEIRS)["transport"] == "shm"
             assert shared_mappings() > mapped_before
             if known:
-                local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
-                assert is_pattern(local.content("d")[0], life)
+                assert is_pattern(pull(puller), life)
             peer.kill()  # and waited for
             for _ in range(3):
-                refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=DEAD)
-        wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
-        failure = refused(local.manage, "pull_blocks", BLOCKS, "d", [0], [0], code=NOT_YET_LINK)
+                finds_it_dead(puller)
+        sees_the_death(puller)
+        failure = refused(puller.manage, "pull_blocks", BLOCKS, "d", [0], [0], code=NOT_YET_LINK)
         assert failure.peer == THEIRS
         wait_until(lambda: shared_mappings() == mapped_before, "nothing of it is mapped any more")
 
 
-def test_an_owner_that_nobody_has_waited_for_is_dead_all_the_same(local, owned):
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
+def test_an_owner_that_nobody_has_waited_for_is_dead_all_the_same(puller, owned):
     with Peer() as peer:
-        address = peer.open(THEIRS)
-        peer.add("s", desc([4, 5000]), SOURCE, BLOCKS, blocks=True, owned=owned)
-        assert local.link(address, THEIRS) is SUCCESS
-        local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
+        offer(puller, peer, SOURCE, owned)
+        pull(puller)
         peer.process.send_signal(signal.SIGKILL)
-        wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
+        sees_the_death(puller)
         assert living_host.process_state(peer.process.pid) == "Z"
-        refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=NOT_YET_LINK)
+        refused(pull, puller, code=NOT_YET_LINK)
         peer.kill()
 
 
-def test_an_owner_that_has_become_another_program_is_dead(local, owned):
+def test_an_owner_that_has_become_another_program_is_dead(puller, owned):
     """Its process lives, under the same number, and keeps some of its files."""
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
     with Peer() as peer:
-        address = peer.open(THEIRS)
-        peer.add("s", desc([4, 5000]), SOURCE, BLOCKS, blocks=True, owned=owned)
-        assert local.link(address, THEIRS) is SUCCESS
-        local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
+        offer(puller, peer, SOURCE, owned)
+        pull(puller)
         peer.begin("run", "import os; os.execvp('sleep', ['sleep', '600'])")
         wait_until(lambda: Path(f"/proc/{peer.process.pid}/cmdline").read_bytes().startswith(b"sleep"), "it is another program")
         for _ in range(3):
-            refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=DEAD)
+            finds_it_dead(puller)
         assert peer.process.poll() is None
-        wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
+        sees_the_death(puller)
         peer.kill()
 
 
-def test_nothing_is_read_of_an_engine_that_was_finalized(local, owner, owned):
+def test_nothing_is_read_of_an_engine_that_was_finalized(puller, owner, owned):
     """Its process lives, with the same memory, and the next engine of it has the same address."""
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
     address = ADDRESS
     for life in range(5):
-        address = owner.open(THEIRS, listen=address)
-        owner.add("s", desc([4, 5000]), life, BLOCKS, blocks=True, owned=owned)
-        assert local.link(address, THEIRS) is SUCCESS
-        local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
-        assert is_pattern(local.content("d")[0], life)
+        address = offer(puller, owner, life, owned, address)
+        assert is_pattern(pull(puller), life)
         owner.close()
         for _ in range(3):
-            refused(local.manage, "pull_blocks", BLOCKS, "d", EVERY, EVERY, code=DEAD)
+            finds_it_dead(puller)
 
 
 def test_no_pull_that_begins_after_the_owners_death_succeeds(local, owned):
@@ -728,9 +691,7 @@ def test_no_pull_that_begins_after_the_owners_death_succeeds(local, owned):
     for life in range(3):
         right, counts, dead = pattern(life, 0, size), Counter(), threading.Event()
         with Peer() as peer:
-            address = peer.open(THEIRS, listen=address)
-            peer.add("s", desc([4, size // 4]), life, BLOCKS, blocks=True, owned=owned)
-            assert local.link(address, THEIRS) is SUCCESS
+            address = offer(local, peer, life, owned, address, size // 4)
             calls = [Background(until_it_fails, f"d{n}", right, counts, dead) for n in threads]
             wait_until(lambda calls=calls, counts=counts: len(counts) == 3 or not calls[0].running(), "all pull")
             peer.kill()
@@ -739,23 +700,18 @@ def test_no_pull_that_begins_after_the_owners_death_succeeds(local, owned):
                 assert call.result().status_code in DEAD
 
 
-def test_a_killed_owner_is_dead_though_a_forked_child_of_it_lives(local, owned):
+def test_a_killed_owner_is_dead_though_a_forked_child_of_it_lives(puller, owned):
     """The child has all memory of its parent, but for what shows whose it is."""
-    local.open(OURS, listen=None)
-    local.add("d", desc([4, 5000]), TARGET, blocks=True)
     address = ADDRESS
     for life in range(2):
         with Peer() as peer:
-            address = peer.open(THEIRS, listen=address)
-            peer.add("s", desc([4, 5000]), life, BLOCKS, blocks=True, owned=owned)
-            assert local.link(address, THEIRS) is SUCCESS
+            address = offer(puller, peer, life, owned, address)
             child = inside(peer, living_host.fork_a_child_that_stays)
             try:
-                local.manage("pull_blocks", BLOCKS, "d", EVERY, EVERY)
-                assert is_pattern(local.content("d")[0], life)
+                assert is_pattern(pull(puller), life)
                 peer.kill()
-                refused(local.manage, "pull_blocks", BLOCKS, "d", [0], [0], code=DEAD)
-                wait_until(lambda: "dead" in local.told(THEIRS)["cluster 1"], "it is known")
+                finds_it_dead(puller)
+                sees_the_death(puller)
                 assert living_host.process_state(child) in "SR"
                 wait_until(lambda child=child: not of_engines(child), "the child has closed what it had of the engine")
             finally:
@@ -780,7 +736,7 @@ def test_an_engine_that_is_finalized_during_pulls_ends_them(owned, whose):
         allowed |= {"LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST"}
     with Peer() as puller, Peer() as owner:
         for life in range(3):
-            link(puller, owner)
+            link_over_shm(puller, owner)
             owner.add("s", desc([4, size // 4]), life, BLOCKS, blocks=True, owned=owned)
             for n in range(3):
                 puller.add(f"d{n}", desc([4, size // 4]), TARGET, blocks=True)

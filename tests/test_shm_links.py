@@ -11,13 +11,13 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import living_host
+from links import OURS, THEIRS, link_over_shm
 from living_host import inside
-from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMException, LLMStatusCode
-from peers import ADDRESS, End, Peer, desc, pattern, wait_until
+from llm_datadist import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, LLMStatusCode
+from peers import ADDRESS, SOURCE, TARGET, Peer, desc, is_pattern, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
 LINK_FAILED = LLMStatusCode.LLM_LINK_FAILED
@@ -26,45 +26,15 @@ TIMEOUT = LLMStatusCode.LLM_TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("quiet")  # links fail here, on purpose
 
-THEIRS, OURS = 1, 2  # cluster ids; a pull goes from theirs to ours
-SOURCE, TARGET = 1, 50  # numbers of patterns
 BLOCKS = BlocksCacheKey(THEIRS)
 OTHER_UID = 65533
 SLOTS = 4096  # of a directory
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 
-
 @pytest.fixture(scope="module")
-def process():
-    with Peer() as peer:
-        yield peer
-
-
-@pytest.fixture
-def owner(process):
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def local():
-    end = End()
-    yield end
-    end.close()
-
-
-def link(puller, owner, **settings):
-    """Link two ends that are free to choose, see that they share memory, and return the owner's address."""
-    address = owner.open(THEIRS, **settings)
-    puller.open(OURS, listen=None, **settings)
-    assert puller.link(address, THEIRS) is SUCCESS
-    assert puller.told(THEIRS)["transport"] == "shm"
-    return address
-
-
-def is_pattern(view, number, tensor=0):
-    return np.array_equal(view, pattern(number, tensor, view.size))
+def transport():
+    """None is required: the ends choose to share memory."""
 
 
 # --- which transport is taken, and what is said about it
@@ -111,7 +81,7 @@ def test_auto_takes_shm_on_one_host_and_explain_says_how(local, owner):
 @pytest.mark.parametrize("pool", ["mapped, 0 of them", "mapped, 2 of them"])
 def test_pools_are_not_needed(local, owner, pool):
     pools = {"mem_pool_cfg": None, "host_mem_pool_cfg": None} if "0" in pool else {}
-    link(local, owner, **pools)
+    link_over_shm(local, owner, **pools)
     assert local.told(THEIRS)["memory of pools"] == pool
     owner.add("s", desc([2, 5]), SOURCE, BLOCKS, blocks=True)
     local.add("d", desc([2, 5]), TARGET, blocks=True)
@@ -274,7 +244,7 @@ def two_of_one_user():
 
 def test_ordinary_users_read_each_others_memory(two_of_one_user):
     puller, owner = two_of_one_user
-    link(puller, owner)
+    link_over_shm(puller, owner)
     if not can_read(owner):
         pytest.skip("this machine does not allow it")
     assert puller.told(THEIRS)["private memory"] == owner.told(OURS)["private memory"] == READ
@@ -284,7 +254,7 @@ def test_ordinary_users_read_each_others_memory(two_of_one_user):
 def test_memory_that_can_not_be_read_is_streamed(two_of_one_user):
     puller, owner = two_of_one_user
     owner.run(DUMPABLE, yes=False)
-    link(puller, owner)
+    link_over_shm(puller, owner)
     assert puller.told(THEIRS)["private memory"].startswith(STREAMED)
     assert puller.told(THEIRS)["memory of pools"] == "mapped, 2 of them"
     pulls_both_ways(puller, owner)
@@ -292,7 +262,7 @@ def test_memory_that_can_not_be_read_is_streamed(two_of_one_user):
 
 def test_memory_that_can_not_be_read_any_more_is_streamed_from_then_on(two_of_one_user):
     puller, owner = two_of_one_user
-    link(puller, owner)
+    link_over_shm(puller, owner)
     pulls_both_ways(puller, owner)
     owner.run(DUMPABLE, yes=False)
     for number in range(3):
@@ -325,7 +295,7 @@ RUNTIMES = {"threads": 4, "mappings": 20}  # what Go's own runtime may still tak
 
 def test_links_that_come_and_go_leave_nothing_behind():
     with Peer() as puller, Peer() as owner:
-        address = link(puller, owner)
+        address = link_over_shm(puller, owner)
         owner.add("s", desc([2, 5000]), SOURCE, BLOCKS, blocks=True, owned=True)
         owner.add("private", desc([2, 5000]), SOURCE + 1, BlocksCacheKey(THEIRS, 1), blocks=True)
         puller.add("d", desc([2, 5000]), TARGET, blocks=True)
@@ -368,7 +338,7 @@ def test_a_large_pool_is_reserved_and_not_committed(blocks):
     block = 1 << 20
     with Peer() as puller, Peer() as owner:
         before = [resident(peer.process.pid) for peer in (puller, owner)]
-        link(puller, owner, mem_pool_cfg=pool, host_mem_pool_cfg=pool)
+        link_over_shm(puller, owner, mem_pool_cfg=pool, host_mem_pool_cfg=pool)
         call = "allocate_blocks_cache" if blocks else "allocate_cache"
         keys = BLOCKS if blocks else [CacheKey(THEIRS, req_id=n) for n in range(2048)]
         code = (
@@ -395,7 +365,7 @@ def test_a_large_pool_is_reserved_and_not_committed(blocks):
 
 def test_caches_beyond_the_directory_are_streamed(local, owner):
     """The directory has room for 4096; one that is not in it is pulled all the same, but with the owner's help."""
-    link(local, owner, sync_kv_timeout=1000)
+    link_over_shm(local, owner, sync_kv_timeout=1000)
     owner.run(
         "from peers import desc, pattern\n"
         "from llm_datadist import BlocksCacheKey\n"
@@ -414,9 +384,7 @@ def test_caches_beyond_the_directory_are_streamed(local, owner):
     with owner.stopped():
         pull(0)
         pull(SLOTS - 1)
-        with pytest.raises(LLMException) as failure:
-            pull(SLOTS)
-        assert failure.value.status_code is TIMEOUT
+        refused(pull, SLOTS, code=TIMEOUT)
     owner.drop("s5")
     owner.add("late", desc([1, 64]), 99, BlocksCacheKey(THEIRS, 99_999), blocks=True)  # there is room again
     local.manage("pull_blocks", BlocksCacheKey(THEIRS, 99_999), "d", [0], [0])

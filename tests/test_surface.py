@@ -31,4 +31,6 @@ def test_every_row_of_the_surface_holds() -> None:
 
 
 if __name__ == "__main__":
+    if not CHECKER.is_file():
+        sys.exit("the surface checker is not beside this checkout")
     print("\n".join(failing_rows()))

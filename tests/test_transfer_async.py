@@ -10,23 +10,19 @@ import threading
 import numpy as np
 import pytest
 
+from links import THEIRS, by_id, link
 from living_host import in_child
 from llm_datadist import BlocksCacheKey, LayerSynchronizer, LLMException, TransferConfig, TransferWithCacheKeyConfig
-from peers import Background, End, Peer, desc, wait_until
+from peers import SOURCE, TARGET, Background, Peer, desc, wait_until
 from pushes import (
     FAILED,
     NOT_EXIST,
     NOT_YET_LINK,
     PARAM_INVALID,
-    SOURCE,
     SUCCESS,
-    TARGET,
-    THEIRS,
     TIMEOUT,
     Ready,
     arrived,
-    by_id,
-    linked,
     source,
 )
 
@@ -62,26 +58,16 @@ def gates():
     gates.open(*range(LAYERS))  # a test that fails must not leave the thread
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
+@pytest.fixture
+def two_sided(owner, local):
+    link(local, owner)
+    return local, owner
 
 
 @pytest.fixture
-def two_sided(process):
-    local = linked(process)
-    yield local, process
-    local.close()
-    process.close()
-
-
-@pytest.fixture
-def one_sided(process):
-    local = linked(process, one_sided=True)
-    yield local, process
-    local.close()
-    process.close()
+def one_sided(owner, local):
+    link(local, owner, one_sided=True)
+    return local, owner
 
 
 def addresses(end, name):
@@ -121,10 +107,23 @@ def row(tensor, at=0):
     return source(SOURCE, tensor, (2, ROW))[at]
 
 
+def first_layers(count, to=0):
+    """What of a cache has changed when a row has got so many layers."""
+    return {(tensor, to): row(tensor) for tensor in range(2 * count)}
+
+
+def start_and_move_a_layer(local, owner, gates):
+    """Start a transfer between rows of both ends, and return it when layer 0 has arrived and it waits for layer 1."""
+    add_rows(local, owner)
+    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
+    gates.open(0)
+    gates.asked(1)
+    return task
+
+
 # --- by raw addresses
 
 
-@pytest.mark.parametrize("owned", [False, True], ids=["registered", "owned"])
 def test_rows_go_to_addresses(two_sided, owned):
     local, owner = two_sided
     local.add("s", desc([2, ROW], tensors=TENSORS), SOURCE, owned=owned)
@@ -186,7 +185,7 @@ def test_addresses_outside_every_cache_are_refused(two_sided, where):
     task = start(local, "s", [config])
     assert task.synchronize(SECONDS) is PARAM_INVALID
     assert task.get_results() == [PARAM_INVALID]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})  # the layer before it
+    arrived(owner, "d", first_layers(1))
     transferred(local, "s", [to_rows(owner, "d")])
 
 
@@ -201,14 +200,11 @@ def test_addresses_of_a_cache_that_is_gone_are_refused(two_sided):
 
 def test_a_source_that_is_gone_ends_the_transfer(two_sided, gates):
     local, owner = two_sided
-    add_rows(local, owner)
-    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-    gates.open(0)
-    gates.asked(1)
+    task = start_and_move_a_layer(local, owner, gates)
     local.manager.unregister_cache(local.caches["s"].cache_id)
     gates.open(1)
     assert task.get_results(SECONDS) == [NOT_EXIST]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+    arrived(owner, "d", first_layers(1))
 
 
 # --- by keys
@@ -328,9 +324,8 @@ def test_a_synchronizer_that_gives_up_ends_the_transfer(two_sided, then, results
         task = start(local, "s", configs, synchronizer=Until(1, then))
         assert task.get_results(SECONDS) == results
         assert task.synchronize() is next((code for code in results if code not in (SUCCESS, None)), SUCCESS)
-        first = {(tensor, 0): row(tensor) for tensor in range(2)}
-        arrived(owner, "d", first)
-        arrived(other, "d", first)
+        arrived(owner, "d", first_layers(1))
+        arrived(other, "d", first_layers(1))
 
 
 def test_several_clusters_get_their_layers_side_by_side(one_sided, gates):
@@ -344,12 +339,10 @@ def test_several_clusters_get_their_layers_side_by_side(one_sided, gates):
         task = start(local, "s", configs, synchronizer=gates)
         gates.open(0)
         gates.asked(1)
-        arrived(other, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+        arrived(other, "d", first_layers(1))
         gates.open(1, 2)
         assert task.get_results(SECONDS) == [SUCCESS] * 3
-        wanted = every(0, row)
-        wanted.update({(tensor, 1): row(tensor) for tensor in range(4)})
-        arrived(owner, "d", wanted)
+        arrived(owner, "d", {**every(0, row), **first_layers(2, to=1)})
 
 
 def test_transfers_of_many_threads_do_not_mix(one_sided):
@@ -368,88 +361,67 @@ def test_transfers_of_many_threads_do_not_mix(one_sided):
 # --- transfers that do not go well
 
 
-def test_each_layer_has_a_deadline(process, gates):
-    local = linked(process, sync_kv_timeout=300)
-    try:
-        add_rows(local, process)
-        task = start(local, "s", [to_rows(process, "d")], synchronizer=gates)
-        gates.open(0, 2)
-        gates.asked(1)
-        with process.stopped():
-            gates.open(1)
-            began = Background(task.synchronize, SECONDS)
-            assert began.result() is TIMEOUT
-            assert began.seconds < 10 * 1.3  # the deadline, and the second in which the receiver may confirm
-            assert task.get_results() == [TIMEOUT]
-        for tensor, content in enumerate(process.content("d")[:2]):
-            assert np.array_equal(content[:ROW], row(tensor))
-    finally:
-        local.close()
-        process.close()
+def test_each_layer_has_a_deadline(local, owner, gates):
+    link(local, owner, sync_kv_timeout=300)
+    add_rows(local, owner)
+    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
+    gates.open(0, 2)
+    gates.asked(1)
+    with owner.stopped():
+        gates.open(1)
+        began = Background(task.synchronize, SECONDS)
+        assert began.result() is TIMEOUT
+        assert began.seconds < 10 * 1.3  # the deadline, and the second in which the receiver may confirm
+        assert task.get_results() == [TIMEOUT]
+    for tensor, content in enumerate(owner.content("d")[:2]):
+        assert np.array_equal(content[:ROW], row(tensor))
 
 
-def test_a_receiver_that_dies_ends_the_transfer(transport, gates):
-    local = End()
+def test_a_receiver_that_dies_ends_the_transfer(local, transport, gates):
     local.open(2, listen=None)
-    try:
-        with Peer() as owner:
-            assert local.link(owner.open(THEIRS), THEIRS) is SUCCESS
-            add_rows(local, owner)
-            task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-            gates.open(0)
-            gates.asked(1)
-            owner.kill()
-            gates.open(1)
-        assert task.get_results(SECONDS)[0] in (FAILED, NOT_YET_LINK)
-        assert task.synchronize() is not SUCCESS
-    finally:
-        local.close()
+    with Peer() as owner:
+        assert local.link(owner.open(THEIRS), THEIRS) is SUCCESS
+        task = start_and_move_a_layer(local, owner, gates)
+        owner.kill()
+        gates.open(1)
+    assert task.get_results(SECONDS)[0] in (FAILED, NOT_YET_LINK)
+    assert task.synchronize() is not SUCCESS
 
 
 def test_an_unlink_ends_the_transfer_at_its_next_layer(two_sided, gates):
     local, owner = two_sided
-    add_rows(local, owner)
-    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-    gates.open(0)
-    gates.asked(1)
+    task = start_and_move_a_layer(local, owner, gates)
     assert local.unlink(THEIRS) is SUCCESS
     gates.open(1)
     assert task.get_results(SECONDS) == [NOT_YET_LINK]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+    arrived(owner, "d", first_layers(1))
 
 
 def test_finalize_ends_the_transfer_at_its_next_layer(two_sided, gates):
     local, owner = two_sided
-    add_rows(local, owner)
-    task = start(local, "s", [to_rows(owner, "d")], synchronizer=gates)
-    gates.open(0)
-    gates.asked(1)
+    task = start_and_move_a_layer(local, owner, gates)
     memory = local.memory["s"]
     local.close()
     gates.open(1)
     assert task.get_results(SECONDS) == [PARAM_INVALID]
-    arrived(owner, "d", {(tensor, 0): row(tensor) for tensor in range(2)})
+    arrived(owner, "d", first_layers(1))
     del memory
 
 
-def test_finalize_ends_the_push_of_a_layer(process):
+def test_finalize_ends_the_push_of_a_layer(local, owner):
     """It waits for the receiver, which is stopped, for a second at most."""
-    local = linked(process, sync_kv_timeout=30_000)
-    try:
-        add_rows(local, process)
-        config, memory = to_rows(process, "d"), local.memory["s"]
-        with process.stopped():
-            task = start(local, "s", [config])
-            wait_until(lambda: local.held() > 1, "the engine knows of the push")
-            closing = Background(local.close)
-            closing.result()
-            assert closing.seconds < 10
-            code = task.synchronize(SECONDS)
-        assert code not in (SUCCESS, TIMEOUT), code
-        del memory
-    finally:
-        local.close()
-        process.close()
+    link(local, owner, sync_kv_timeout=30_000)
+    add_rows(local, owner)
+    config, memory = to_rows(owner, "d"), local.memory["s"]
+    with owner.stopped():
+        task = start(local, "s", [config])
+        wait_until(lambda: local.held() > 1, "the engine knows of the push")
+        closing = Background(local.close)
+        closing.result()
+        assert closing.seconds < 10
+        code = task.synchronize(SECONDS)
+    assert code not in (SUCCESS, TIMEOUT), code
+    del memory
 
 
 def test_an_interrupt_ends_the_wait_and_not_the_transfer(two_sided, gates):
@@ -512,19 +484,15 @@ end.manager.transfer_cache_async(end.caches["s"], AtExit(), [TransferConfig(1, a
 """
 
 
-def test_a_process_that_ends_has_first_made_its_transfer(transport):
-    local = End()
+def test_a_process_that_ends_has_first_made_its_transfer(local, transport):
     address = local.open(THEIRS)
     local.add("d", desc([2, ROW], tensors=TENSORS), TARGET)
-    try:
-        with Peer() as pusher:
-            pusher.open(2, listen=None)
-            assert pusher.link(address, THEIRS) is SUCCESS
-            pusher.add("s", desc([2, ROW], tensors=TENSORS), SOURCE)
-            pusher.run(TRANSFER_AT_EXIT, addrs=addresses(local, "d"))
-            arrived(local, "d", {})
-            pusher.process.stdin.close()
-            assert pusher.process.wait(SECONDS / 1000) == 0
-        arrived(local, "d", every(0, row))
-    finally:
-        local.close()
+    with Peer() as pusher:
+        pusher.open(2, listen=None)
+        assert pusher.link(address, THEIRS) is SUCCESS
+        pusher.add("s", desc([2, ROW], tensors=TENSORS), SOURCE)
+        pusher.run(TRANSFER_AT_EXIT, addrs=addresses(local, "d"))
+        arrived(local, "d", {})
+        pusher.process.stdin.close()
+        assert pusher.process.wait(SECONDS / 1000) == 0
+    arrived(local, "d", every(0, row))

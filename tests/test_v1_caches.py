@@ -37,10 +37,9 @@ from older import (
     content,
     fill,
     opened,
-    refused,
     several,
 )
-from peers import ADDRESS, Peer, cluster, desc, pattern
+from peers import ADDRESS, cluster, desc, pattern, refused
 
 ENABLED = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
 FAILED = LLMStatusCode.LLM_FAILED
@@ -84,12 +83,6 @@ from peers import memory_at
 size = end.kv_cache.cache_desc.size
 result = [bytes(memory_at(addr, size)) for addr in end.kv_cache.per_device_tensor_addrs[0]]
 """
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
 
 
 @pytest.fixture
@@ -253,9 +246,9 @@ def test_pull_blocks_refuses(manager):
 
 @pytest.mark.parity("kv_manager.owning")
 @pytest.mark.parametrize("engine", [{"device_id": [0, 1]}], indirect=True)
-def test_each_device_gets_its_tensors(process, engine, manager):
-    address = process.run(TWO_DEVICES)
-    cache_id = process.run(OFFER_ON_BOTH, described=desc([2, 8], 3), keys=[KEY], number=1)
+def test_each_device_gets_its_tensors(remote, engine, manager):
+    address = remote.run(TWO_DEVICES)
+    cache_id = remote.run(OFFER_ON_BOTH, described=desc([2, 8], 3), keys=[KEY], number=1)
     assert engine.link_clusters([cluster(address, PROMPT)], 5000) == (PARAM_INVALID, [])
     assert engine.link_clusters([several([address, "127.0.0.1:1"])], 10_000) == (SUCCESS, [SUCCESS])
     cache = manager.allocate_cache(desc([1, 8], 3))
@@ -278,8 +271,7 @@ def test_each_device_gets_its_tensors(process, engine, manager):
     manager._role = LLMRole.PROMPT
     refused(manager.transfer_cache_async, cache, Ready(), [TransferConfig(PROMPT, [1])], code=ENABLED)
     refused(engine.switch_role, LLMRole.PROMPT, {"llm.listenIpInfo": ADDRESS}, code=ENABLED)
-    process.run("del end.kv_caches[:]")
-    process.close()
+    remote.run("del end.kv_caches[:]")
 
 
 @pytest.mark.parity("kv_manager.pulls")
@@ -342,23 +334,22 @@ class Ready(LayerSynchronizer):
 
 
 @pytest.fixture
-def prompt(process):
-    """The manager of a prompt to which the other process is linked as a decoder."""
+def prompt(remote):
+    """The manager of a prompt to which the remote end is linked as a decoder."""
     engine = opened(LLMRole.PROMPT, PROMPT, sync_kv_timeout=10_000)
-    assert process.run(DECODE, address=engine.listen_address) == (SUCCESS, [SUCCESS])
+    assert remote.run(DECODE, address=engine.listen_address) == (SUCCESS, [SUCCESS])
     yield engine.kv_cache_manager
-    process.run("end.kv_cache = None")
-    process.close()
+    remote.run("end.kv_cache = None")
     engine.finalize()
 
 
-def received(process, size):
-    return [np.frombuffer(each, np.uint8)[:size] for each in process.run(RECEIVED)]
+def received(remote, size):
+    return [np.frombuffer(each, np.uint8)[:size] for each in remote.run(RECEIVED)]
 
 
 @pytest.mark.parity("kv_manager.transfer_cache_async")
-def test_rows_are_transferred_layer_by_layer(process, prompt):
-    addrs = process.run(RECEIVE, described=desc([2, 8], 4), blocks=False)
+def test_rows_are_transferred_layer_by_layer(remote, prompt):
+    addrs = remote.run(RECEIVE, described=desc([2, 8], 4), blocks=False)
     cache = filled(prompt.allocate_cache(desc([3, 8], 4)), 1)
     ready = Ready()
     config = TransferConfig(DECODER, [addr + 8 for addr in addrs], None, 2)  # to row 1
@@ -366,19 +357,19 @@ def test_rows_are_transferred_layer_by_layer(process, prompt):
     assert isinstance(task, CacheTask)
     assert task.synchronize() is SUCCESS and task.get_results() == [SUCCESS]
     assert ready.seen == [0, 1] and config.src_layer_range == range(2)
-    for tensor, got in enumerate(received(process, 16)):
+    for tensor, got in enumerate(received(remote, 16)):
         expected = pattern(50, tensor, 16)
         expected[8:] = pattern(1, tensor, 24)[16:]
         assert np.array_equal(got, expected)
 
 
 @pytest.mark.parity("kv_manager.transfer_cache_async")
-def test_blocks_are_transferred(process, prompt):
-    addrs = process.run(RECEIVE, described=desc([4, 8], 2), blocks=True)
+def test_blocks_are_transferred(remote, prompt):
+    addrs = remote.run(RECEIVE, described=desc([4, 8], 2), blocks=True)
     cache = filled(prompt.allocate_blocks_cache(desc([3, 8], 2)), 1)
     config = TransferConfig(DECODER, addrs)
     assert prompt.transfer_cache_async(cache, Ready(), [config], [2, 0], [1, 3], 8).synchronize() is SUCCESS
-    for tensor, got in enumerate(received(process, 32)):
+    for tensor, got in enumerate(received(remote, 32)):
         expected = pattern(50, tensor, 32).reshape(4, 8)
         expected[[1, 3]] = pattern(1, tensor, 24).reshape(3, 8)[[2, 0]]
         assert np.array_equal(got, expected.reshape(-1))
@@ -387,20 +378,20 @@ def test_blocks_are_transferred(process, prompt):
 
 
 @pytest.mark.parity("kv_manager.transfer_cache_async")
-def test_addresses_outside_the_caches_of_the_receiver_are_refused(process, prompt):
-    addrs = process.run(RECEIVE, described=desc([1, 8], 2), blocks=False)
+def test_addresses_outside_the_caches_of_the_receiver_are_refused(remote, prompt):
+    addrs = remote.run(RECEIVE, described=desc([1, 8], 2), blocks=False)
     cache = filled(prompt.allocate_cache(desc([1, 8], 2)), 1)
     for bad in ([addrs[0], addrs[1] + 1], [0x1000, addrs[1]]):
         task = prompt.transfer_cache_async(cache, Ready(), [TransferConfig(DECODER, bad)])
         assert task.get_results() == [PARAM_INVALID]
     assert prompt.transfer_cache_async(cache, Ready(), [TransferConfig(77, addrs)]).synchronize() is NOT_YET_LINK
-    for tensor, got in enumerate(received(process, 8)):
+    for tensor, got in enumerate(received(remote, 8)):
         assert np.array_equal(got, pattern(50, tensor, 8))
 
 
 @pytest.mark.parity("kv_manager.transfer_cache_async", "type.task_synchronize", "type.task_get_results")
-def test_a_task_waits_with_the_older_code(process, prompt):
-    addrs = process.run(RECEIVE, described=desc([1, 8], 2), blocks=False)
+def test_a_task_waits_with_the_older_code(remote, prompt):
+    addrs = remote.run(RECEIVE, described=desc([1, 8], 2), blocks=False)
     cache = filled(prompt.allocate_cache(desc([1, 8], 2)), 1)
     gate = threading.Event()
     task = prompt.transfer_cache_async(cache, Ready(gate), [TransferConfig(DECODER, addrs)])
@@ -437,9 +428,9 @@ def test_transfer_cache_async_refuses(manager):
     refused(manager.transfer_cache_async, rows, Ready(), [config])
 
 
-def test_layers_go_to_a_cache_with_fewer_of_them(process, engine, manager):
-    address = process.run(SERVE)
-    process.run(OFFER, described=desc([1, 8], 4), keys=[KEY], number=1)
+def test_layers_go_to_a_cache_with_fewer_of_them(remote, engine, manager):
+    address = remote.run(SERVE)
+    remote.run(OFFER, described=desc([1, 8], 4), keys=[KEY], number=1)
     assert engine.link_clusters([cluster(address, PROMPT)], 5000) == (SUCCESS, [SUCCESS])
     cache = filled(manager.allocate_cache(desc([1, 8], 2)), 50)
     manager.pull_cache(KEY, cache, src_layer_range=range(1, 2), dst_layer_range=range(1))
@@ -447,5 +438,4 @@ def test_layers_go_to_a_cache_with_fewer_of_them(process, engine, manager):
         assert np.array_equal(content(cache, tensor), pattern(1, tensor + 2, 8))
     refused(manager.pull_cache, KEY, cache, src_layer_range=range(2, 3), dst_layer_range=range(1))
     refused(manager.pull_cache, CacheKey(PROMPT, 9), cache, src_layer_range=range(1), code=NOT_EXIST)
-    process.run("del end.kv_caches[:]")
-    process.close()
+    remote.run("del end.kv_caches[:]")

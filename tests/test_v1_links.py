@@ -27,11 +27,10 @@ from older import (
     SUCCESS,
     content,
     opened,
-    refused,
     settings,
     several,
 )
-from peers import ADDRESS, Background, Peer, cluster, desc, pattern, wait_until
+from peers import ADDRESS, Background, cluster, desc, pattern, refused, wait_until
 
 ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 BUSY = LLMStatusCode.LLM_LINK_BUSY
@@ -49,25 +48,11 @@ NOBODY = "127.0.0.1:1"
 PACKAGES = pytest.mark.parametrize("package", [llm_datadist, llm_datadist_v1], ids=lambda package: package.__name__)
 
 
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
-
-
 @pytest.fixture
-def address(process):
+def address(remote):
     """Where the prompt listens."""
-    yield process.run(SERVE)
-    process.run("del end.kv_caches[:]")
-    process.close()
-
-
-@pytest.fixture
-def decoder(request):
-    engine = opened(LLMRole.DECODER, **getattr(request, "param", {}))
-    yield engine
-    engine.finalize()
+    yield remote.run(SERVE)
+    remote.run("del end.kv_caches[:]")
 
 
 # --- link_clusters

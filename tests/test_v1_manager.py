@@ -45,30 +45,15 @@ from older import (
     content,
     fill,
     opened,
-    refused,
 )
-from peers import ADDRESS, Background, Peer, cluster, desc, pattern
-
-
-@pytest.fixture(scope="module")
-def process(transport):
-    with Peer() as peer:
-        yield peer
+from peers import ADDRESS, Background, Peer, cluster, desc, pattern, refused
 
 
 @pytest.fixture
-def prompt(process):
+def prompt(remote):
     """The prompt's process and the address where it listens."""
-    yield process, process.run(SERVE)
-    process.run("del end.kv_caches[:]")
-    process.close()
-
-
-@pytest.fixture
-def decoder(request):
-    engine = opened(LLMRole.DECODER, **getattr(request, "param", {}))
-    yield engine
-    engine.finalize()
+    yield remote, remote.run(SERVE)
+    remote.run("del end.kv_caches[:]")
 
 
 @pytest.fixture

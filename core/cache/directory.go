@@ -19,7 +19,10 @@ func (p published) Lookup(generation uint64) (directory.Located, bool) {
 		return directory.Located{}, false
 	}
 	found := directory.Located{Ref: directory.Ref{Generation: generation}, Shape: e.Shape, Addrs: e.Addrs, Space: directory.Private}
-	if e.Owned {
+	switch {
+	case p.table.onDevice(e):
+		found.Space = directory.Distant
+	case e.Owned:
 		found.Space = directory.Mapped
 	}
 	return found, true

@@ -220,7 +220,7 @@ func TestWhatIsPublishedOfACache(t *testing.T) {
 
 func TestCachesThatNoPeerCouldReadAreNotPublished(t *testing.T) {
 	config := &PoolConfig{Bytes: testPool, PageShift: 16}
-	o := announced(t, &watched{discard: func() {}}, config, config)
+	o := announced(t, &watched{Device: mem.Host(), discard: func() {}}, config, config)
 	require.Len(t, o.SharedPools(), 1, "the device has no descriptor for its memory")
 	e := o.allocate(blocks(1, 1, 1), blocksKey(1))
 	require.False(t, o.found(e.Generation))

@@ -207,12 +207,13 @@ func TestCloseLeavesTheMemoryToWhoHoldsIt(t *testing.T) {
 }
 
 // watched is a device that calls back before it discards and, where that is set, before it closes a reservation.
-type watched struct{ discard, closed func() }
+type watched struct {
+	mem.Device
+	discard, closed func()
+}
 
-func (w *watched) Name() string               { return "watched" }
-func (w *watched) Copy([]mem.Move, int) error { return nil }
 func (w *watched) Reserve(bytes uint64) (mem.Memory, error) {
-	memory, err := mem.Host().Reserve(bytes)
+	memory, err := w.Device.Reserve(bytes)
 	return &watchedMemory{memory, w}, err
 }
 
@@ -234,7 +235,7 @@ func (m *watchedMemory) Close() error {
 }
 
 func TestPagesAreUsedAgainOnlyAfterTheyWereGivenBack(t *testing.T) {
-	device := &watched{discard: func() {}}
+	device := &watched{Device: mem.Host(), discard: func() {}}
 	table, err := NewTable(device, &PoolConfig{Bytes: testPool, PageShift: 16}, nil)
 	require.NoError(t, err)
 	e, err := table.Allocate(rows(4, 1, testPool/4), nil)

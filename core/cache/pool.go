@@ -79,11 +79,11 @@ type pool struct {
 	free      extentSet
 }
 
-func newPool(device mem.Device, config PoolConfig) (*pool, error) {
+func newPool(reserve func(bytes uint64) (mem.Memory, error), config PoolConfig) (*pool, error) {
 	if err := config.check(); err != nil {
 		return nil, err
 	}
-	memory, err := device.Reserve(config.Bytes)
+	memory, err := reserve(config.Bytes)
 	if err != nil {
 		return nil, status.From(err, status.StageCheck)
 	}

@@ -121,6 +121,9 @@ func (s *Source) Batch() uint64 { return s.batch }
 // Consumes says whether the source is a lease, whose success releases a key.
 func (s *Source) Consumes() bool { return s.consumes }
 
+// OnDevice says that the memory lies where only a device's copies reach it.
+func (s *Source) OnDevice() bool { return s.table.onDevice(s.entry) }
+
 // Acquire comes before every system call that reads the memory. False: the cache has been withdrawn, and nothing may be read. The memory
 // stays until Release.
 func (s *Source) Acquire() bool {
@@ -208,9 +211,12 @@ func (t *Table) hold(e *Entry, u *Use) {
 func (u *Use) Entry() *Entry { return u.entry }
 
 // Backing says how the cache's memory may be written. Registered memory is looked up, once: status.ParamInvalid where it can't be
-// written, which is asked anew the next time. A pool is our own, sealed, and can't vanish.
+// written, which is asked anew the next time. A pool is our own, sealed, and can't vanish. A device's memory is in no map to look at.
 func (u *Use) Backing() (mem.Backing, error) {
 	e := u.entry
+	if u.table.onDevice(e) {
+		return mem.BackingDevice, nil
+	}
 	if e.Owned {
 		return mem.BackingAnonymous, nil
 	}

@@ -21,6 +21,8 @@ var ErrKeyInUse = errors.New("the key is in use")
 // Table is the owner's table of caches: what peers and local calls can name. Its methods may be called from any goroutine. It has no
 // goroutine of its own: what a release has to clean up is done by the one who releases.
 type Table struct {
+	apart bool // DEVICE memory lies where this machine can't touch it; never changes
+
 	mu          sync.Mutex           // guards what follows, the pools' state, and the fields of Entry that say so; never held while waiting
 	lastID      int64                // the id drawn last
 	generation  uint64               // the generation drawn last
@@ -35,13 +37,13 @@ type Table struct {
 	uses, leases atomic.Int64 // holds that have not ended, for Stats
 }
 
-// NewTable makes an empty table with its pools, which are reserved but not committed. The host pool is always host memory; device memory
-// comes from device (nil: the host). It returns status.OutOfMemory when a pool can't be had.
+// NewTable makes an empty table with its pools, which are reserved but not committed, both by device (nil: the host). It returns status.OutOfMemory when a pool can't be had.
 func NewTable(device mem.Device, devicePool, hostPool *PoolConfig) (*Table, error) {
 	if device == nil {
 		device = mem.Host()
 	}
 	t := &Table{
+		apart:       device.Apart(),
 		live:        map[int64]*Entry{},
 		generations: map[uint64]*Entry{},
 		keys:        map[Key]*binding{},
@@ -51,11 +53,11 @@ func NewTable(device mem.Device, devicePool, hostPool *PoolConfig) (*Table, erro
 		if config == nil {
 			continue
 		}
-		from := device
+		reserve := device.Reserve
 		if Placement(placement) == Host {
-			from = mem.Host()
+			reserve = device.ReserveHost
 		}
-		p, err := newPool(from, *config)
+		p, err := newPool(reserve, *config)
 		if err != nil {
 			_ = t.closePools()
 			return nil, err
@@ -67,6 +69,9 @@ func NewTable(device mem.Device, devicePool, hostPool *PoolConfig) (*Table, erro
 	}
 	return t, nil
 }
+
+// onDevice says that an entry's memory is a device's, for which this machine's own copies can do nothing.
+func (t *Table) onDevice(e *Entry) bool { return t.apart && e.Placement == Device }
 
 // Announce has the table keep p true: what is registered and allocated from here on is published there while its memory is its own, and
 // withdrawn from there before its memory is given back, used again, or its owner's to do with what he likes. It is called at most once,
@@ -225,7 +230,7 @@ func (t *Table) publish(e *Entry) {
 
 // show publishes an entry with the keys that it has, if there is room, and if a peer could reach it. Called with mu held.
 func (t *Table) show(e *Entry) {
-	if t.publisher == nil {
+	if t.publisher == nil || t.onDevice(e) {
 		return
 	}
 	r := directory.Record{

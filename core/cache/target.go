@@ -33,8 +33,8 @@ func (t *Table) HoldTarget(l Lookup, u *Use) error {
 type Uses []*Use
 
 // HoldSpans holds, until Release, the caches in which raw addresses lie that a peer pushes to: each span wholly inside one tensor of one
-// live cache, which one-sided mode also has to allow, else it is status.ParamInvalid and nothing is held. It ends when ctx ends: each address
-// is looked for in the whole table.
+// live cache, which one-sided mode also has to allow, and all on a device or none, else it is status.ParamInvalid and nothing is held. It ends
+// when ctx ends: each address is looked for in the whole table.
 func (t *Table) HoldSpans(ctx context.Context, spans []mem.Span, oneSided bool) (Uses, error) {
 	var held Uses
 	for _, span := range spans {
@@ -51,7 +51,10 @@ func (t *Table) HoldSpans(ctx context.Context, spans []mem.Span, oneSided bool) 
 			held.Release()
 			return nil, err
 		}
-		held = append(held, use)
+		if held = append(held, use); t.onDevice(use.entry) != t.onDevice(held[0].entry) {
+			held.Release()
+			return nil, invalid("the addresses lie partly on a device and partly in host memory").Hinting("push them in two calls")
+		}
 	}
 	return held, nil
 }

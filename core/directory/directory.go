@@ -32,6 +32,7 @@ type Space uint8
 const (
 	Mapped  Space = 1 // of this process
 	Private Space = 2 // of the owner's process
+	Distant Space = 3 // of the owner's device
 )
 
 // Located is a cache that was found: its shape, and the base of each tensor. Addrs is not changed by either side. It is the transport's

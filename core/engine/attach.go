@@ -4,6 +4,7 @@ package engine
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 
 	"github.com/llm-datadist-open/llm-datadist/core/link"
@@ -27,14 +28,22 @@ func (e *Engine) openShare(incarnation link.Incarnation) error {
 	if e.parts.Sessions != nil || required != "" && required != nameSHM {
 		return nil
 	}
+	if e.parts.Device.Apart() {
+		return e.withoutSHM(fmt.Errorf("peers can't read memory of the device %s", e.parts.Device.Name()))
+	}
 	share, err := shm.NewShare(incarnation, e.table.SharedPools(), e.options.CopyThreads)
 	if err == nil {
 		e.share = share
 		e.table.Announce(share.Publisher())
 		return nil
 	}
-	if required == nameSHM {
-		return status.Newf(status.Failed, status.StageCheck, "open.Transport is shm, which this machine does not have: %w", err)
+	return e.withoutSHM(err)
+}
+
+// withoutSHM says why shm is not used, and whether the engine can do without.
+func (e *Engine) withoutSHM(err error) error {
+	if e.options.required() == nameSHM {
+		return status.Newf(status.Failed, status.StageCheck, "open.Transport is shm, which this engine does not have: %w", err)
 	}
 	if e.parts.Event != nil {
 		e.parts.Event(link.Event{Level: link.Warning, Text: "shm is not offered to peers on this host, which are served over tcp", Cause: err})
@@ -74,7 +83,7 @@ func (e *Engine) attachBest(peer link.Peer, conns []transport.Conn, o *owner) (l
 		session, err := e.parts.Sessions(peer, conns, o)
 		return link.Attached{Session: session, Transport: nameTCP}, err
 	}
-	control, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: o, Receiver: o, Spin: e.options.Spin, Broken: peer.Fail})
+	control, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: o, Receiver: o, Device: e.parts.Device, Spin: e.options.Spin, Broken: peer.Fail})
 	if err != nil {
 		return link.Attached{}, err
 	}

@@ -18,7 +18,7 @@ import (
 
 var everyFabric = []way{overFabric, overDirect, overBubble, directBubble}
 
-var bubbles = []way{overBubble, directBubble}
+var bubbles = []way{overBubble, directBubble, deviceBubble}
 
 // running is a call on a goroutine of its own.
 type running struct {

@@ -23,6 +23,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/testkit"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit/device"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/tcp"
@@ -39,6 +40,8 @@ type way struct {
 	shm     bool // the production path between processes of one host
 	back    bool // the loopback fabric: one engine is both ends of each pair
 	virtual bool // in a bubble, where time costs nothing
+	// Whose caches lie on a device that this process can't touch: those of the engine with cluster id 1, and those of all others.
+	first, others bool
 }
 
 var (
@@ -50,12 +53,19 @@ var (
 	overBack   = way{name: nameLoopback, back: true}
 	// directBubble is what runs where a direct transport needs virtual time.
 	directBubble = way{name: "direct-bubble", fabric: true, direct: true, virtual: true}
+
+	// Tests whose engines have ids from 1 on have the first one own what the others pull.
+	betweenDevices = way{name: "tcp between devices", first: true, others: true}
+	fromDevice     = way{name: "tcp from a device", first: true}
+	toDevice       = way{name: "tcp to a device", others: true}
+	deviceBack     = way{name: nameLoopback + " on a device", back: true, others: true}
+	deviceBubble   = way{name: "bubble with devices", fabric: true, virtual: true, first: true, others: true}
 )
 
-var everyWay = []way{overTCP, overSHM, overFabric, overBubble, overDirect}
+var everyWay = []way{overTCP, overSHM, overFabric, overBubble, overDirect, betweenDevices, fromDevice, toDevice}
 
 // alsoBack is for what does not need two tables of caches.
-var alsoBack = append([]way{overBack}, everyWay...)
+var alsoBack = append([]way{overBack, deviceBack}, everyWay...)
 
 // over runs a test over ways, each in a world of its own, and looks for what it left behind.
 func over(t *testing.T, ways []way, run func(w *world)) {
@@ -111,9 +121,9 @@ type world struct {
 	way     way
 	network *fabric.Network // nil over real sockets
 
-	mu      sync.Mutex // guards what follows
-	nodes   []*node
-	buffers []*mem.Buffer // memory that caches were registered with; it outlives the engines
+	mu    sync.Mutex // guards what follows
+	nodes []*node
+	frees []func() error // of the memory that caches were registered with; it outlives the engines
 }
 
 func newWorld(t *testing.T, a way, seed uint64) *world {
@@ -133,8 +143,13 @@ func (w *world) end() {
 		require.Zero(w.t, w.network.Stats().Open, "open connections")
 		w.network.Close()
 	}
-	for _, b := range w.buffers {
-		require.NoError(w.t, b.Free())
+	for _, free := range w.frees {
+		require.NoError(w.t, free())
+	}
+	for _, n := range w.nodes {
+		if n.device != nil {
+			require.Zero(w.t, n.device.Held(), "device memory")
+		}
 	}
 }
 
@@ -175,6 +190,7 @@ type node struct {
 	w       *world
 	id      uint64
 	host    *fabric.Host // nil over real sockets
+	device  *device.Fake // where its caches lie; nil: in host memory
 	address string
 	caches  []*memory
 	stopped bool
@@ -205,6 +221,10 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 		options.PeerDead = 4 * time.Second
 	}
 	parts := Parts{Device: mem.Host(), Network: TCP(), Event: n.event}
+	if id == 1 && w.way.first || id != 1 && w.way.others {
+		n.device = device.New()
+		parts.Device = n.device
+	}
 	ip := "127.0.0.1"
 	if w.way.fabric {
 		n.host = w.network.Host(name)
@@ -232,7 +252,7 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 
 // session makes the session of a link over the fabric.
 func (n *node) session(peer link.Peer, conns []transport.Conn, server transport.Server) (transport.Session, error) {
-	session, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: server, Receiver: server, Spin: -1, Broken: peer.Fail})
+	session, err := tcp.NewSession(tcp.Config{Conns: conns, Owner: server, Receiver: server, Device: n.parts.Device, Spin: -1, Broken: peer.Fail})
 	if err != nil || !n.w.way.direct {
 		return session, err
 	}
@@ -337,7 +357,7 @@ func (w *world) pair(change ...func(*Options)) (owner, puller *node) {
 	w.t.Helper()
 	if w.way.back {
 		puller = w.node("puller", 2, append(change, loopback)...)
-		owner = &node{Engine: puller.Engine, w: w, id: 1, address: "127.0.0.1:1", stopped: true}
+		owner = &node{Engine: puller.Engine, w: w, id: 1, device: puller.device, address: "127.0.0.1:1", stopped: true}
 		puller.link(owner)
 		return owner, puller
 	}
@@ -377,7 +397,7 @@ func (n *node) register(desc cache.Desc, keys ...cache.Key) *memory {
 
 // prepare makes memory that enter will register.
 func (n *node) prepare(desc cache.Desc) *memory {
-	return &memory{n: n, desc: desc, addrs: n.w.malloc(desc)}
+	return &memory{n: n, desc: desc, addrs: n.malloc(desc)}
 }
 
 func (c *memory) enter(keys ...cache.Key) (err error) {
@@ -387,17 +407,28 @@ func (c *memory) enter(keys ...cache.Key) (err error) {
 	return err
 }
 
-func (w *world) malloc(desc cache.Desc) (addrs []uintptr) {
-	w.t.Helper()
+// malloc obtains memory of a placement for each tensor, as an application does.
+func (n *node) malloc(desc cache.Desc) (addrs []uintptr) {
+	n.w.t.Helper()
 	for range desc.Tensors {
-		b, err := mem.NewBuffer(int(desc.Dims[0] * desc.Dims[1]))
-		require.NoError(w.t, err)
-		w.mu.Lock()
-		w.buffers = append(w.buffers, b)
-		w.mu.Unlock()
-		addrs = append(addrs, b.Addr())
+		addr, free := n.obtain(desc.Placement, uint64(desc.Dims[0]*desc.Dims[1]))
+		n.w.mu.Lock()
+		n.w.frees = append(n.w.frees, free)
+		n.w.mu.Unlock()
+		addrs = append(addrs, addr)
 	}
 	return addrs
+}
+
+func (n *node) obtain(placement cache.Placement, bytes uint64) (uintptr, func() error) {
+	if n.device != nil && placement == cache.Device {
+		memory, err := n.device.Reserve(bytes)
+		require.NoError(n.w.t, err)
+		return memory.Addr(), memory.Close
+	}
+	b, err := mem.NewBuffer(int(bytes))
+	require.NoError(n.w.t, err)
+	return b.Addr(), b.Free
 }
 
 func (n *node) allocate(desc cache.Desc, keys ...cache.Key) *memory {
@@ -433,7 +464,12 @@ func (c *memory) remove() {
 
 func (c *memory) tensorBytes() uint64 { return uint64(c.desc.Dims[0] * c.desc.Dims[1]) }
 
-func (c *memory) tensor(i int) []byte { return mem.View(c.addrs[i], c.tensorBytes()) }
+func (c *memory) tensor(i int) []byte {
+	if c.n.device != nil && c.desc.Placement == cache.Device {
+		return c.n.device.View(c.addrs[i], c.tensorBytes())
+	}
+	return mem.View(c.addrs[i], c.tensorBytes())
+}
 
 // noise is a megabyte of random bytes, of a length that no block divides.
 var noise = sync.OnceValue(func() []byte {

@@ -49,7 +49,7 @@ func (e *Engine) each(clusters []Cluster, call func(Cluster) error) []error {
 
 func (e *Engine) linkCluster(ctx context.Context, c Cluster) error {
 	if err := e.checkCluster(c); err != nil {
-		return e.refused(c, err)
+		return e.refused(linkRefused, c, err)
 	}
 	if e.options.Directional {
 		return c.named(e.linkDirectional(ctx, c))
@@ -169,7 +169,7 @@ func directionalCode(err *status.Error) *status.Error {
 
 func (e *Engine) unlinkCluster(ctx context.Context, c Cluster, force bool) error {
 	if c.ID == nil {
-		return e.refused(c, status.New(status.ParamInvalid, status.StageCheck, "remote_cluster_id is not set"))
+		return e.refused(unlinkRefused, c, status.New(status.ParamInvalid, status.StageCheck, "remote_cluster_id is not set"))
 	}
 	id := *c.ID
 	if e.options.Directional {
@@ -182,18 +182,24 @@ func (e *Engine) unlinkCluster(ctx context.Context, c Cluster, force bool) error
 		return c.named(e.links.Unlink(ctx, id, "", true))
 	}
 	if len(c.Remote) != 1 {
-		return e.refused(c, status.Newf(status.ParamInvalid, status.StageCheck, "remote_ip_info_list has %d entries, not 1", len(c.Remote)))
+		return e.refused(unlinkRefused, c, status.Newf(status.ParamInvalid, status.StageCheck, "remote_ip_info_list has %d entries, not 1", len(c.Remote)))
 	}
 	return c.named(e.unlinkFailure(e.links.Unlink(ctx, id, c.Remote[0], false)))
 }
 
-// refused says what is wrong with a cluster's description, logs it and keeps it for Explain: link calls return codes, not exceptions.
-func (e *Engine) refused(c Cluster, err error) error {
+const (
+	linkRefused   = "link refused"
+	unlinkRefused = "unlink refused"
+)
+
+// refused says what is wrong with a cluster's description, logs it as what it is, and keeps it for Explain: link calls return codes, not
+// exceptions.
+func (e *Engine) refused(what string, c Cluster, err error) error {
 	failure := c.named(err)
 	if c.ID != nil {
-		e.links.Refused(*c.ID, failure)
+		e.links.Refused(*c.ID, what, failure)
 	} else if e.parts.Event != nil {
-		e.parts.Event(link.Event{Level: link.Error, Text: "link refused", Cause: failure})
+		e.parts.Event(link.Event{Level: link.Error, Text: what, Cause: failure})
 	}
 	return failure
 }

@@ -20,14 +20,15 @@ import (
 func directional(o *Options) { o.OneSided, o.Directional = true, true }
 
 // requireTold checks that the log has heard of a failure, under the name of the cluster.
-func requireTold(n *node, id uint64, code status.Code) {
+func requireTold(n *node, id uint64, code status.Code) (text string) {
 	n.w.t.Helper()
 	for _, e := range n.told() {
 		if e.Cause != nil && status.CodeOf(e.Cause) == code && e.HasClusterID && e.ClusterID == id {
-			return
+			return e.Text
 		}
 	}
 	require.Fail(n.w.t, "nothing in the log")
+	return ""
 }
 
 func TestLinkCodes(t *testing.T) {
@@ -132,7 +133,7 @@ func TestClusterChecks(t *testing.T) {
 			func(c *Cluster) { c.Local = []string{"127.0.0.1", "127.0.0.2"} },
 		} {
 			requireCode(w.t, status.ParamInvalid, try(change))
-			requireTold(a, 2, status.ParamInvalid)
+			require.Equal(w.t, "link refused", requireTold(a, 2, status.ParamInvalid))
 		}
 		noID := b.cluster()
 		noID.ID = nil
@@ -140,6 +141,7 @@ func TestClusterChecks(t *testing.T) {
 		noAddress := b.cluster()
 		noAddress.Remote = nil
 		requireCode(w.t, status.ParamInvalid, a.UnlinkClusters(ctx, []Cluster{noAddress}, false)[0])
+		require.Equal(w.t, "unlink refused", requireTold(a, 2, status.ParamInvalid))
 		require.NoError(w.t, a.UnlinkClusters(ctx, []Cluster{noAddress}, true)[0], "by force no address is needed")
 		require.NoError(w.t, a.LinkClusters(ctx, []Cluster{noID})[0], "the reported id counts")
 		require.Equal(w.t, 1, a.links.LiveLinks())

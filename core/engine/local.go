@@ -87,10 +87,18 @@ func (e *Engine) CopyBlocks(id int64, pairs []uint64) error {
 	return e.copyOrdered(blockMoves(entry.Addrs, entry.Addrs, entry.Shape.Stride, pairs), use)
 }
 
-// SwapBlocks copies blocks between two caches that are given by the addresses of their tensors. See spec §8.13. The addresses need
-// not belong to any cache, so that only kernel copies may touch them: memory that is not mapped is ParamInvalid.
-func (e *Engine) SwapBlocks(dst, src []uintptr, blockBytes uint64, pairs []uint64) error {
-	return mem.CopyKernel(blockMoves(dst, src, blockBytes, pairs))
+// SwapBlocks copies blocks between two caches that are given by the addresses of their tensors and where those lie. See spec §8.13. The
+// addresses need not belong to any cache, so that only kernel copies may touch them: host memory that is not mapped is ParamInvalid.
+func (e *Engine) SwapBlocks(dst, src []uintptr, dstPlacement, srcPlacement cache.Placement, blockBytes uint64, pairs []uint64) error {
+	return e.copyBetween(blockMoves(dst, src, blockBytes, pairs), e.unknown(dstPlacement), e.unknown(srcPlacement), 1)
+}
+
+// unknown is how memory of a placement may be copied of which nothing else is known.
+func (e *Engine) unknown(placement cache.Placement) mem.Backing {
+	if placement == cache.Device && e.parts.Device.Apart() {
+		return mem.BackingDevice
+	}
+	return mem.BackingFile
 }
 
 func blockMoves(dst, src []uintptr, blockBytes uint64, pairs []uint64) []mem.Move {
@@ -108,26 +116,33 @@ func blockMoves(dst, src []uintptr, blockBytes uint64, pairs []uint64) []mem.Mov
 
 // copyOrdered copies moves of which a later one may read what an earlier one wrote.
 func (e *Engine) copyOrdered(moves []mem.Move, use *cache.Use) error {
-	return e.copyWith(1, moves, use, use)
+	return e.copyUses(moves, use, use, 1)
 }
 
 func (e *Engine) copy(moves []mem.Move, dst, src *cache.Use) error {
-	return e.copyWith(e.options.CopyThreads, moves, dst, src)
+	return e.copyUses(moves, dst, src, e.options.CopyThreads)
 }
 
-// copyWith copies directly where all memory is known to stay mapped, else by system calls that answer EFAULT where a store or a load
-// would kill the process.
-func (e *Engine) copyWith(threads int, moves []mem.Move, dst, src *cache.Use) error {
-	if len(moves) == 0 {
-		return nil
-	}
+// copyUses copies between two caches, whose memory says how.
+func (e *Engine) copyUses(moves []mem.Move, dst, src *cache.Use, threads int) error {
 	to, err := dst.Backing()
 	if err != nil {
 		return err
 	}
 	from, err := src.Backing()
-	if err != nil || from != mem.BackingAnonymous || to != mem.BackingAnonymous {
-		return mem.CopyKernel(moves) // the source may be read-only memory, which Backing rejects
+	if err != nil {
+		from = mem.BackingFile // it may be read-only memory, which Backing rejects: kernel copies tell
 	}
-	return e.parts.Device.Copy(moves, threads)
+	return e.copyBetween(moves, to, from, threads)
+}
+
+// copyBetween has the device copy, as is safe for the two kinds of memory.
+func (e *Engine) copyBetween(moves []mem.Move, to, from mem.Backing, threads int) error {
+	if len(moves) == 0 {
+		return nil
+	}
+	if err := mem.CopyBetween(e.parts.Device, moves, to, from, threads); err != nil {
+		return status.From(err, status.StageTransfer)
+	}
+	return nil
 }

@@ -12,10 +12,12 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
 
-// local runs a test with one engine, which needs no network.
+// local runs a test with one engine, which needs no network, with caches in host memory and on a device.
 func local(t *testing.T, run func(w *world, n *node)) {
-	overFabric.run(t, 1, func(w *world) { run(w, w.node("alone", 1)) })
+	over(t, []way{overFabric, onDevice}, func(w *world) { run(w, w.node("alone", 1)) })
 }
+
+var onDevice = way{name: "device", fabric: true, first: true}
 
 func TestCopyCache(t *testing.T) {
 	local(t, func(w *world, n *node) {
@@ -106,21 +108,29 @@ func TestCopyBlocksInOrder(t *testing.T) {
 
 func TestSwapBlocks(t *testing.T) {
 	local(t, func(w *world, n *node) {
-		src, dst := n.prepare(blocks(3, 8, 100)).fill(1), n.register(blocks(3, 4, 100)).fill(2) // one is in no table
+		desc := blocks(3, 8, 100)
+		desc.Placement = cache.Host
+		src, dst := n.prepare(desc).fill(1), n.register(blocks(3, 4, 100)).fill(2) // one is in no table
 		want := dst.content()
 		for i, b := range want {
 			copy(b[300:], src.tensor(i)[700:800])
 			copy(b[0:100], src.tensor(i)[200:300])
 		}
-		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, 100, []uint64{7, 3, 2, 0}))
+		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, cache.Device, cache.Host, 100, []uint64{7, 3, 2, 0}))
 		dst.requireContent(want)
-		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, 100, nil))
+		require.NoError(w.t, n.SwapBlocks(dst.addrs, src.addrs, cache.Device, cache.Host, 100, nil))
+		require.NoError(w.t, n.SwapBlocks(src.addrs, dst.addrs, cache.Host, cache.Device, 100, []uint64{3, 1, 0, 5, 1, 5}), "out again, in order")
+		for i, b := range want {
+			require.Equal(w.t, b[300:400], src.tensor(i)[100:200])
+			require.Equal(w.t, b[100:200], src.tensor(i)[500:600])
+		}
 	})
 }
 
 // Nothing that is not there kills the process: not a source, not a destination, and not memory that can be read only.
 func TestLocalCopiesOfMemoryThatIsNotThere(t *testing.T) {
-	local(t, func(w *world, n *node) {
+	over(t, []way{overFabric}, func(w *world) {
+		n := w.node("alone", 1)
 		good := n.register(blocks(1, 4, 100)).fill(1)
 		nowhere, readOnly := []uintptr{1 << 12}, w.readOnly()
 		bad, err := n.Register(blocks(1, 4, 100), nowhere, nil, true)
@@ -129,9 +139,9 @@ func TestLocalCopiesOfMemoryThatIsNotThere(t *testing.T) {
 		require.NoError(w.t, err)
 		n.caches = append(n.caches, &memory{n: n, id: bad}, &memory{n: n, id: still})
 		for _, err := range []error{
-			n.SwapBlocks(good.addrs, nowhere, 100, []uint64{0, 0}),
-			n.SwapBlocks(nowhere, good.addrs, 100, []uint64{0, 0}),
-			n.SwapBlocks([]uintptr{readOnly}, good.addrs, 100, []uint64{0, 0}),
+			n.SwapBlocks(good.addrs, nowhere, cache.Device, cache.Host, 100, []uint64{0, 0}),
+			n.SwapBlocks(nowhere, good.addrs, cache.Device, cache.Host, 100, []uint64{0, 0}),
+			n.SwapBlocks([]uintptr{readOnly}, good.addrs, cache.Device, cache.Host, 100, []uint64{0, 0}),
 			n.CopyCache(CopyCall{Dst: bad, Src: good.id, Size: -1}),
 			n.CopyCache(CopyCall{Dst: good.id, Src: bad, Size: -1}),
 			n.CopyCache(CopyCall{Dst: still, Src: good.id, Size: -1}),

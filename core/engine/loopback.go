@@ -35,7 +35,7 @@ func (e *Engine) announceLoopback() {
 func (e *Engine) linkBack(id uint64) error {
 	o := &owner{Engine: e, attached: make(chan struct{})}
 	o.session = transport.NewDirect(transport.DirectConfig{
-		Control: ownTable{o}, Directory: e.table.Directory(), Reader: ownMemory{},
+		Control: ownTable{o}, Directory: e.table.Directory(), Reader: ownMemory{e.parts.Device},
 	})
 	close(o.attached)
 	return e.links.LinkBack(id, link.Attached{Session: o.session, Transport: nameLoopback})
@@ -92,11 +92,18 @@ func (l ownLease) Confirm(context.Context) error {
 // Abandon implements transport.Lease.
 func (l ownLease) Abandon() { l.source.Drop() }
 
-// ownMemory reads this process's memory. A [transport.Direct] asks for 1 MiB at a time and looks at its context in between.
-type ownMemory struct{}
+// ownMemory reads this process's memory, and its device's. A [transport.Direct] asks for 1 MiB at a time and looks at its context in between.
+type ownMemory struct{ device mem.Device }
 
 // Read implements transport.Reader.
-func (ownMemory) Read(_ context.Context, access transport.Access, moves []mem.Move, total uint64) error {
+func (m ownMemory) Read(_ context.Context, access transport.Access, moves []mem.Move, total uint64) error {
+	from := mem.BackingFile
+	if access.From == directory.Distant {
+		from = mem.BackingDevice
+	}
+	if from == mem.BackingDevice || access.Into == mem.BackingDevice {
+		return mem.CopyBetween(m.device, moves, access.Into, from, 1)
+	}
 	if access.From == directory.Mapped && access.Into == mem.BackingAnonymous {
 		return mem.Stores(total).Copy(moves, 0, total)
 	}

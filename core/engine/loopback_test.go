@@ -91,7 +91,7 @@ func TestOneSidedLoopbackLooksAtTheFlagOfBothEnds(t *testing.T) {
 	over(t, []way{overBack}, func(w *world) {
 		owner, puller := w.pair(oneSided)
 		open := puller.register(rows(2, 1, 100)).fill(1)
-		closed, err := puller.Register(rows(2, 1, 100), w.malloc(rows(2, 1, 100)), nil, false)
+		closed, err := puller.Register(rows(2, 1, 100), puller.malloc(rows(2, 1, 100)), nil, false)
 		require.NoError(w.t, err)
 		for _, ends := range [][2]int64{{open.id, closed}, {closed, open.id}} {
 			ctx, cancel := within(patient)

@@ -199,5 +199,5 @@ func (m *Manager) failed(id uint64, text string, failure error) {
 	m.eventOf(Error, id, text, failure)
 }
 
-// Refused keeps and logs a failure that the engine found before it came to the link: see [Manager.Explain].
-func (m *Manager) Refused(id uint64, failure error) { m.failed(id, "link refused", failure) }
+// Refused keeps and logs a failure that the engine found before it came to the link, with what was refused: see [Manager.Explain].
+func (m *Manager) Refused(id uint64, what string, failure error) { m.failed(id, what, failure) }

@@ -47,7 +47,7 @@ func TestCopiesMoveEveryByte(t *testing.T) {
 		"direct 1":     func(m []Move) error { return CopyDirect(m, 1) },
 		"direct 3":     func(m []Move) error { return CopyDirect(m, 3) },
 		"direct 64":    func(m []Move) error { return CopyDirect(m, 64) },
-		"host device":  func(m []Move) error { return Host().Copy(m, 2) },
+		"host device":  func(m []Move) error { return Host().Copy(m, BackingAnonymous, BackingAnonymous, 2) },
 		"kernel":       CopyKernel,
 		"kernel piped": func(m []Move) error { return copyKernel(wholeOf(m), refused) },
 		"kernel, short counts and interrupts": func(m []Move) error {

@@ -15,8 +15,14 @@ type Device interface {
 	// Reserve obtains bytes of memory, committed when first touched where the device can do that. It returns
 	// status.OutOfMemory when there is none.
 	Reserve(bytes uint64) (Memory, error)
-	// Copy copies moves with at most threads threads, under the rules of [CopyDirect], and returns when it is done.
-	Copy(moves []Move, threads int) error
+	// ReserveHost is Reserve for the machine's own memory, of the kind that the device's copies are fastest with.
+	ReserveHost(bytes uint64) (Memory, error)
+	// Copy copies moves, all of whose destinations are made of to and sources of from, with at most threads threads, in the order that
+	// [CopyDirect] promises, and returns when it is done. Where one side is [BackingDevice] the other is that too, or
+	// [BackingAnonymous]: see [CopyBetween] for what is neither.
+	Copy(moves []Move, to, from Backing, threads int) error
+	// Apart says that the machine itself can't touch what Reserve obtains: the device's copies alone can.
+	Apart() bool
 }
 
 // Memory is one reservation of a device. Its methods may be called from several goroutines; Close comes last.
@@ -38,7 +44,16 @@ type hostDevice struct{}
 
 func (hostDevice) Name() string { return "host" }
 
-func (hostDevice) Copy(moves []Move, threads int) error { return CopyDirect(moves, threads) }
+func (hostDevice) Apart() bool { return false }
+
+func (hostDevice) Copy(moves []Move, to, from Backing, threads int) error {
+	if to == BackingAnonymous && from == BackingAnonymous {
+		return CopyDirect(moves, threads)
+	}
+	return CopyKernel(moves)
+}
+
+func (d hostDevice) ReserveHost(bytes uint64) (Memory, error) { return d.Reserve(bytes) }
 
 func (hostDevice) Reserve(bytes uint64) (Memory, error) {
 	if bytes == 0 {

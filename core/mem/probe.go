@@ -23,6 +23,7 @@ const (
 	BackingNone      Backing = iota // not looked up, or nothing to look up
 	BackingAnonymous                // heap, stack, anonymous mappings: stays until it is unmapped, so stores are safe
 	BackingFile                     // backed by a file, also memfd and shared memory: somebody may truncate it, so kernel copies only
+	BackingDevice                   // lies on a device: only the device's copies may touch it, see [Device]
 )
 
 const mapsPath = "/proc/self/maps"

@@ -130,6 +130,7 @@ type Source interface {
 	Whole() bool                   // all of that row moves, whatever the request says
 	Consumes() bool                // the key is released when the initiator confirms: this source is a lease
 	Address(tensor uint32) uintptr // base of a tensor
+	OnDevice() bool                // only the device's copies may read there
 	Acquire() bool                 // before each system call on the memory; false once it was withdrawn
 	Release()                      // after it
 	Done(tensors plan.Range)       // the initiator confirmed these tensors

@@ -489,9 +489,12 @@ class Engine:
         start = self._usable().pyext_CopyBlocksStart
         call("copy_blocks", start, self._handle, WAIT_MILLIS, cache_id, *span(pairs))
 
-    def swap_blocks(self, dst: array[int], src: array[int], block_bytes: int, pairs: array[int]) -> None:
+    def swap_blocks(
+        self, dst: array[int], src: array[int], placements: tuple[int, int], block_bytes: int, pairs: array[int]
+    ) -> None:
+        """Copy blocks. placements says where dst and src lie: 0 host, 1 device."""
         start = self._usable().pyext_SwapBlocksStart
-        arguments = (address(dst), address(src), len(src), block_bytes, *span(pairs))
+        arguments = (address(dst), address(src), *placements, len(src), block_bytes, *span(pairs))
         call("swap_blocks", start, self._handle, WAIT_MILLIS, *arguments)
 
     def _short(self, operation: str, result: int) -> int:

@@ -257,10 +257,10 @@ class KvCacheManager:
         size: int = -1,
         req_id: int | None = None,
     ) -> None:
-        """Copy size bytes from offset on (-1: to the end) of a row of src to a row of dst, in every tensor. Local.
+        """Copy size bytes (-1: to the end of src's row) from a row of src to a row of dst, from offset in both. Local.
 
         Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_FAILED where the caches have different numbers of tensors,
-        LLM_PARAM_INVALID. req_id is for the log only.
+        LLM_PARAM_INVALID. req_id is checked and not used.
         """
         for name, cache in (("dst", dst), ("src", src)):
             check_isinstance(name, cache, KvCache, allow_none=False)
@@ -299,7 +299,8 @@ class KvCacheManager:
         raise_if_false(
             len(from_addrs) == len(to_addrs), "the caches have {} and {} addresses", len(from_addrs), len(to_addrs)
         )
-        self._native.swap_blocks(to_addrs, from_addrs, block_bytes, pairs)
+        placements = (dst.cache_desc.placement, src.cache_desc.placement)
+        self._native.swap_blocks(to_addrs, from_addrs, placements, block_bytes, pairs)
 
     def transfer_cache_async(
         self,

@@ -200,6 +200,7 @@ type offer struct {
 	batch    uint64
 	consumes bool
 	whole    bool
+	device   bool
 	acquire  func(s *source, n int64) bool // n-th call, from 1; nil: true
 }
 
@@ -278,6 +279,7 @@ func (s *source) Generation() uint64 { return 7 }
 func (s *source) Batch() uint64      { return s.offer.batch }
 func (s *source) Consumes() bool     { return s.offer.consumes }
 func (s *source) Whole() bool        { return s.offer.whole }
+func (s *source) OnDevice() bool     { return s.offer.device }
 func (s *source) Address(tensor uint32) uintptr {
 	if s.offer.addrs != nil {
 		return s.offer.addrs[tensor]

@@ -53,24 +53,30 @@ const scratchBytes = 64 << 10
 // workspace is what a lane needs only while it is active: an idle link gives it back.
 type workspace struct {
 	spans []mem.Span
+	moves []mem.Move
 }
 
 // spaces recycles workspaces over all lanes of the process.
-var spaces = sync.Pool{New: func() any { return &workspace{spans: make([]mem.Span, 0, mem.MaxSpans)} }}
+var spaces = sync.Pool{New: func() any {
+	return &workspace{spans: make([]mem.Span, 0, mem.MaxSpans), moves: make([]mem.Move, 0, mem.MaxSpans)}
+}}
 
 // active is what a side of a lane, sending or receiving, needs only while it is active.
 type active struct {
 	space   *workspace
 	scratch *mem.Buffer
+	stage   *mem.Buffer // see staged
 }
 
-// spans returns room for the spans of one system call.
-func (a *active) spans() []mem.Span {
+func (a *active) workspace() *workspace {
 	if a.space == nil {
 		a.space = spaces.Get().(*workspace)
 	}
-	return a.space.spans[:0]
+	return a.space
 }
+
+// spans returns room for the spans of one system call.
+func (a *active) spans() []mem.Span { return a.workspace().spans[:0] }
 
 // waste appends scratch memory for bytes that nobody wants, or that can't come from where they should, as far as one system call takes
 // it and a span for what follows, and returns how many bytes that is.
@@ -97,9 +103,11 @@ func (a *active) rest() {
 		spaces.Put(a.space)
 		a.space = nil
 	}
-	if a.scratch != nil {
-		_ = a.scratch.Free() // see Session.Close
-		a.scratch = nil
+	for _, b := range []**mem.Buffer{&a.scratch, &a.stage} {
+		if *b != nil {
+			_ = (*b).Free() // see Session.Close
+			*b = nil
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
@@ -226,6 +227,9 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 	p := s.newPull()
 	p.req, p.resolve = req, flags&flagResolve != 0
 	p.stream.addrs = append(p.stream.addrs[:0], local.Addrs...)
+	if local.Backing == mem.BackingDevice {
+		p.stream.device = s.cfg.Device
+	}
 	if p.led = p.resolve || len(s.lanes) == 1 || wantedBytes(req) <= stripeAbove; p.led {
 		flags |= flagOneLane
 		p.lane = s.freeLane(p.lane)

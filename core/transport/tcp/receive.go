@@ -43,6 +43,9 @@ type receiving struct {
 
 func (rx *receiving) ready() int { return rx.have - rx.from }
 
+// arrived is how far the payload under way has come, as an offset in its operation's stream.
+func (rx *receiving) arrived() uint64 { return rx.h.a + uint64(rx.h.length) - rx.left }
+
 // between says that no frame is under way.
 func (rx *receiving) between() bool { return rx.phase == atHeader && rx.ready() == 0 }
 
@@ -229,6 +232,9 @@ func (l *lane) step(block bool) (int, error) {
 		n, err = l.conn.TryReceive(spans)
 	}
 	if op != nil {
+		if n > 0 && op.stream.device != nil {
+			l.place(op, rx.stage.Addr(), min(uint64(n), rx.left))
+		}
 		op.exit()
 		if errors.Is(err, unix.EFAULT) {
 			op.endAs(rx.h.operation, notWritable())
@@ -326,14 +332,22 @@ func (l *lane) wantedFixed(spans []mem.Span, bytes int) []mem.Span {
 func (l *lane) wantedData(spans []mem.Span) ([]mem.Span, *pull, error) {
 	rx := &l.rx
 	var covered uint64
+	var err error
 	op := l.session.entering(rx.h.operation)
-	if op != nil {
-		spans, covered = op.stream.spans(spans, mem.MaxSpans-1, rx.h.a+uint64(rx.h.length)-rx.left, rx.left)
-	} else {
-		var err error
-		if spans, covered, err = rx.waste(spans, rx.left); err != nil {
-			return nil, nil, err
+	switch {
+	case op == nil:
+		spans, covered, err = rx.waste(spans, rx.left)
+	case op.stream.device != nil:
+		var stage uintptr
+		if stage, err = rx.staged(); err != nil {
+			op.exit()
 		}
+		spans, covered = append(spans, mem.Span{Addr: stage, Bytes: rx.left}), rx.left
+	default:
+		spans, covered = op.stream.spans(spans, mem.MaxSpans-1, rx.arrived(), rx.left)
+	}
+	if err != nil {
+		return nil, nil, err
 	}
 	if covered == rx.left {
 		spans = l.wantedFixed(spans, trailerBytes+headerBytes)
@@ -443,11 +457,8 @@ func (l *lane) digestData() (whole bool) {
 	if bytes := min(uint64(rx.ready()), rx.left); bytes > 0 {
 		at := l.fixed.Addr() + uintptr(rxAt+rx.from)
 		if op := l.session.entering(rx.h.operation); op != nil {
-			err := op.place(at, rx.h.a+uint64(rx.h.length)-rx.left, bytes)
+			l.place(op, at, bytes)
 			op.exit()
-			if err != nil {
-				op.endAs(rx.h.operation, notWritable())
-			}
 		}
 		l.use(int(bytes))
 		rx.left -= bytes
@@ -459,22 +470,24 @@ func (l *lane) digestData() (whole bool) {
 	return true
 }
 
-// place copies bytes at an address of ours to their place in the operation's stream. The caller has entered it.
-func (p *pull) place(at uintptr, offset, bytes uint64) error {
-	var spans [4]mem.Span
-	var moves [len(spans)]mem.Move
-	for bytes > 0 {
-		into, covered := p.stream.spans(spans[:0], len(spans), offset, bytes)
-		for i, span := range into {
-			moves[i] = mem.Move{Dst: span.Addr, Src: at, Bytes: span.Bytes}
-			at += uintptr(span.Bytes)
-		}
-		if err := mem.CopyKernel(moves[:len(into)]); err != nil {
-			return err
-		}
-		offset, bytes = offset+covered, bytes-covered
+// place copies the payload that comes next from an address of ours to its place, or ends its operation. The caller has entered it.
+func (l *lane) place(op *pull, at uintptr, bytes uint64) {
+	rx := &l.rx
+	err := rx.carry(op.stream, at, rx.arrived(), bytes)
+	switch {
+	case err == nil:
+	case op.stream.device != nil:
+		op.endAs(rx.h.operation, copyFailed("into the destination", err))
+	default:
+		op.endAs(rx.h.operation, notWritable())
 	}
-	return nil
+}
+
+// copyFailed is why an operation ends whose memory's device has failed.
+func copyFailed(where string, err error) *status.Error {
+	e := *status.From(err, status.StageTransfer)
+	e.Stage, e.Cause = status.StageTransfer, "the device could not copy "+where+": "+e.Cause
+	return &e
 }
 
 func (l *lane) digestTrailer() (whole bool) {

@@ -31,6 +31,7 @@ type sending struct {
 	serve          *serve // its operation; nil: it is spoiled
 	offset, length uint64 // the chunk, in the operation's stream
 	entry          uint64 // bytes of the entry frame, 0 where it has gone before
+	copied         bool   // the payload lies in stage
 	active
 	stint mem.Stint
 }
@@ -193,7 +194,7 @@ func (l *lane) nextFrame() bool {
 		return false
 	}
 	tx.chunk, tx.serve, tx.offset, tx.length, tx.sent = true, chunk.serve, chunk.offset, chunk.length, 0
-	tx.entry = 0
+	tx.entry, tx.copied = 0, false
 	if chunk.first {
 		tx.entry = uint64(copy(l.fixed.Bytes()[txEntryAt:], chunk.serve.entry[:]))
 	}
@@ -258,7 +259,24 @@ func (tx *sending) acquire() transport.Source {
 		v.fail(status.New(status.CacheNotExist, status.StageTransfer, "the cache was withdrawn during the transfer"))
 		return nil
 	}
+	if v.stream.device != nil && !tx.copied {
+		if err := tx.fetch(); err != nil {
+			v.source.Release()
+			v.fail(copyFailed("from the owner's memory", err))
+			return nil
+		}
+	}
 	return v.source
+}
+
+// fetch copies the chunk from the device where it lies.
+func (tx *sending) fetch() error {
+	stage, err := tx.staged()
+	if err != nil {
+		return err
+	}
+	tx.copied = true
+	return tx.carry(tx.serve.stream, stage, tx.offset, tx.length)
 }
 
 // chunkSpans names the memory of what is left of the chunk's frame, as far as one system call takes it.
@@ -278,9 +296,13 @@ func (l *lane) chunkSpans() ([]mem.Span, error) {
 	if at -= headerBytes; at < tx.length {
 		var covered uint64
 		var err error
-		if tx.serve == nil {
+		switch {
+		case tx.serve == nil:
 			spans, covered, err = tx.waste(spans, tx.length-at)
-		} else {
+		case tx.copied:
+			covered = tx.length - at
+			spans = append(spans, mem.Span{Addr: tx.stage.Addr() + uintptr(at), Bytes: covered})
+		default:
 			spans, covered = tx.serve.stream.spans(spans, mem.MaxSpans-framing, tx.offset+at, tx.length-at)
 		}
 		if at += covered; err != nil || at < tx.length {

@@ -120,6 +120,9 @@ func (v *serve) prepare(h header, req *transport.Request) error {
 		for t := range shape.Tensors {
 			v.stream.addrs = append(v.stream.addrs, v.source.Address(t))
 		}
+		if v.source.OnDevice() {
+			v.stream.device = v.session.cfg.Device
+		}
 	}
 	v.shape = shape
 	(&header{kind: kindEntry, length: entryBytes, operation: v.id}).put(v.entry[:])

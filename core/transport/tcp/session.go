@@ -36,6 +36,8 @@ type Config struct {
 	// Spin is how long one who waits polls before it sleeps; 0: defaultSpin; below 0: not at all, as virtual time needs it. Where nothing
 	// is under way nobody polls for more than a millisecond.
 	Spin time.Duration
+	// Device copies from and to memory that lies on it, which is staged in host memory; nil: the host, for which nothing is.
+	Device mem.Device
 	// Broken is called once, before any call ends of it, when a connection has failed or the peer has broken the protocol. Close waits
 	// for it, so it must not call Close itself.
 	Broken func(cause error)
@@ -80,6 +82,9 @@ type Session struct {
 func NewSession(cfg Config) (*Session, error) {
 	if len(cfg.Conns) == 0 {
 		return nil, status.New(status.ParamInvalid, status.StageCheck, "a session without a data connection")
+	}
+	if cfg.Device == nil {
+		cfg.Device = mem.Host()
 	}
 	s := &Session{cfg: cfg, closing: make(chan struct{}), pulls: map[uint64]*pull{}, serves: map[uint64]*serve{}, receipts: map[uint64]*receipt{}}
 	if s.spin = cfg.Spin; s.spin == 0 {

@@ -13,9 +13,10 @@ import (
 // stream is one side's view of an operation's bytes: the plan's segments, in order, as addresses of this side.
 type stream struct {
 	segments []plan.Segment
-	ends     []uint64  // ends[i]: offset in the stream at which segments[i] ends
-	addrs    []uintptr // base of each tensor of this side
-	source   bool      // this side is the source
+	ends     []uint64   // ends[i]: offset in the stream at which segments[i] ends
+	addrs    []uintptr  // base of each tensor of this side
+	source   bool       // this side is the source
+	device   mem.Device // where this side's memory lies, if no system call reaches it; nil: one does
 }
 
 // streams recycles what an operation needs for its segments.
@@ -35,7 +36,7 @@ func (s *stream) recycle() {
 	if cap(s.segments) > keepSegments {
 		return
 	}
-	s.segments, s.ends, s.addrs = s.segments[:0], s.ends[:0], s.addrs[:0]
+	s.segments, s.ends, s.addrs, s.device = s.segments[:0], s.ends[:0], s.addrs[:0], nil
 	streams.Put(s)
 }
 

@@ -82,8 +82,8 @@ class CacheManager:
     def allocate_cache(self, cache_desc: CacheDesc, cache_keys: list[CacheKey] | tuple[CacheKey, ...] = ()) -> Cache:
         """Allocate a contiguous cache from the pool of its placement; key i is bound to batch row i.
 
-        Raises LLMException: LLM_OUT_OF_MEMORY where the pool has no room, LLM_PARAM_INVALID for a key that is bound already,
-        for more keys than rows and for a shape that has no size. The content is not initialised.
+        Raises LLMException: LLM_OUT_OF_MEMORY where the pool has no room, LLM_PARAM_INVALID where there is no pool, for a key
+        that is bound already, for more keys than rows and for a shape that has no size. The content is not initialised.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
         check_isinstance("cache_keys", cache_keys, [list, tuple], CacheKey)
@@ -175,19 +175,23 @@ class CacheManager:
         """Take a cache off the table. An unknown id is a success.
 
         Waits for this engine's own operations on it. A peer that is pulling from it gets LLM_KV_CACHE_NOT_EXIST. After the
-        return the memory is the caller's alone.
+        return the memory is the caller's alone. Raises LLMException with LLM_TIMEOUT where an operation still uses the memory
+        after sync_kv_timeout: the cache is gone all the same, and the memory has to stay until that operation has returned.
         """
         check_isinstance("cache_id", cache_id, int)
         self._engine.unregister(check_int64("cache_id", cache_id))
 
     def deallocate_cache(self, cache: Cache) -> None:
-        """Give up a contiguous cache. It answers pulls until its last key is released; then its memory is free."""
+        """Give up a contiguous cache. It answers pulls until its last key is released; then its memory is free.
+
+        Raises LLMException with LLM_FEATURE_NOT_ENABLED without a memory pool.
+        """
         check_isinstance("cache", cache, Cache)
         raise_if_true(cache.is_blocks_cache, "deallocate_cache does not take a blocks cache")
         self._deallocate("deallocate_cache", cache)
 
     def deallocate_blocks_cache(self, cache: Cache) -> None:
-        """Give up a blocks cache at once, with its key."""
+        """Give up a blocks cache at once, with its key. Raises as deallocate_cache."""
         check_isinstance("cache", cache, Cache)
         raise_if_false(cache.is_blocks_cache, "deallocate_blocks_cache takes a blocks cache only")
         self._deallocate("deallocate_blocks_cache", cache)
@@ -199,7 +203,10 @@ class CacheManager:
         cache._valid = False
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
-        """Release a key of an allocated cache. An unknown key is a success; the key of a registered cache stays."""
+        """Release a key of an allocated cache. An unknown key is a success; the key of a registered cache stays.
+
+        Raises LLMException with LLM_FEATURE_NOT_ENABLED without a memory pool.
+        """
         check_isinstance("cache_key", cache_key, CacheKey)
         self._check_pool("remove_cache_key")
         key_id, model_id, prefix = _key_words(cache_key)
@@ -464,9 +471,9 @@ class CacheManager:
         size: int = -1,
         req_id: int | None = None,
     ) -> None:
-        """Copy size bytes from offset on (-1: to the end) of a row of src to a row of dst, in every tensor. Local.
+        """Copy size bytes (-1: to the end of src's row) from a row of src to a row of dst, from offset in both. Local.
 
-        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID. req_id is for the log only.
+        Raises LLMException: LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID. req_id is checked and not used.
         """
         check_isinstance("dst", dst, Cache)
         check_isinstance("src", src, Cache)
@@ -502,7 +509,8 @@ class CacheManager:
         block_bytes, pairs = check_swap(src_cache.cache_desc, dst_cache.cache_desc, src_to_dst)
         src, dst = pack_addrs(src_cache.tensor_addrs), pack_addrs(dst_cache.tensor_addrs)
         raise_if_false(len(src) == len(dst), "the caches have {} and {} addresses", len(src), len(dst))
-        self._engine.swap_blocks(dst, src, block_bytes, pairs)
+        placements = (dst_cache.cache_desc.placement, src_cache.cache_desc.placement)
+        self._engine.swap_blocks(dst, src, placements, block_bytes, pairs)
 
     @staticmethod
     def check_cache_key(cache_key: CacheKey) -> None:

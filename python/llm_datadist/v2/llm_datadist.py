@@ -59,7 +59,8 @@ class BaseDataDist:
         """Start the engine. options is what LLMConfig.generate_options returns.
 
         Raises LLMException: LLM_FAILED where the process has another engine or the listen address can't be bound,
-        LLM_OUT_OF_MEMORY where a pool can't be had, LLM_PARAM_INVALID for options.
+        LLM_OUT_OF_MEMORY where a pool can't be had, LLM_PARAM_INVALID for options, LLM_FEATURE_NOT_ENABLED for those that this
+        version does not have.
         """
         _native.refuse_in_child()
         if self._is_initialized:
@@ -166,8 +167,8 @@ class BaseDataDist:
     ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
         """Link to clusters in parallel, within timeout ms.
 
-        Returns the code of each in the order of clusters, and before it LLM_SUCCESS where all succeeded, else the last code
-        that is none. Never raises for a link that fails: explain says why.
+        Returns (code, codes): the code of each cluster in their order, and before them the last one that is not LLM_SUCCESS,
+        if any. Never raises for a link that fails: explain says why.
         """
         self._check_initialized()
         _check_timeout(timeout)
@@ -190,7 +191,12 @@ class BaseDataDist:
         timeout: int = 3000,
         force: bool = False,
     ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
-        """Unlink from clusters, within timeout ms. What is not linked is a success. force does not ask the peer."""
+        """Unlink from clusters, within timeout ms. What is not linked is a success.
+
+        The peer is asked, at its remote_ip_info, to drop the link too; with force it is not, and sees this end die. Returns codes
+        as link_clusters does: LLM_UNLINK_FAILED where nobody could be asked, LLM_TIMEOUT where operations on the link did not
+        end in time; the link stays then.
+        """
         self._check_initialized()
         self._check_either_manager("unlink_clusters")
         _check_timeout(timeout)

@@ -51,7 +51,7 @@ class Placement(IntEnum):
 
 
 class RegisterMemStatus(Enum):
-    """State of a two-sided link."""
+    """How far the preparation of a link() has come."""
 
     OK = 0
     PREPARING = 1
@@ -212,7 +212,7 @@ def calc_tensor_size(shape: Sequence[int], dtype: DataType) -> int:
 
 
 class Cache:
-    """A cache of the v2 manager. It is released by the manager only, never by going out of scope."""
+    """A cache of a CacheManager. It is released by the manager only, never by going out of scope."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class Cache:
 
 
 class KvCache:
-    """A cache of the v1 manager. Going out of scope hands its id to the manager, which frees it at its next call."""
+    """A cache of a KvCacheManager. Going out of scope hands its id to the manager, which frees it at its next call."""
 
     _valid = False  # until __init__ is through: __del__ also runs for objects whose making failed
     _is_blocks_cache = False  # the manager sets it

@@ -32,6 +32,7 @@ var mayImport = map[string][]string{
 	"core/status":        {},
 	"core/testkit":       {},
 	"core/mem":           {"core/status"},
+	"core/testkit/...":   {"core/mem", "core/status"},
 	"core/plan":          {"core/mem", "core/status"},
 	"core/directory":     {"core/plan", "core/mem", "core/status"},
 	"core/cache":         {"core/directory", "core/plan", "core/mem", "core/status"},
@@ -46,8 +47,8 @@ var mayImport = map[string][]string{
 	"tools/...":          {},
 }
 
-// forTests is the package that tests of all others may import, and nothing else.
-const forTests = "core/testkit"
+// forTests are the packages that tests of all others may import, and nothing else.
+var forTests = []string{"core/testkit/..."}
 
 // Where the dangerous imports may stand. cgo itself needs no unsafe here: generated code is not in the repository.
 var (
@@ -198,10 +199,10 @@ func importComplaint(name, folder, imported string, allowed []string, known bool
 		return "imports testify outside a test"
 	case !ours || inner == folder:
 		return ""
-	case inner == forTests && isTest:
+	case matches(forTests, inner) && isTest:
 		return ""
-	case inner == forTests:
-		return "imports " + forTests + " outside a test"
+	case matches(forTests, inner):
+		return "imports " + inner + " outside a test"
 	case matches([]string{"capi/..."}, inner) && !matches([]string{"pyext/backend", "capi/..."}, folder):
 		return "imports " + inner + ", which only pyext/backend may"
 	case known && !matches(allowed, inner):
