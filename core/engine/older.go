@@ -74,14 +74,18 @@ func recoded(err error, code status.Code) *status.Error {
 // LinkInfo describes a live link.
 type LinkInfo struct {
 	Cluster uint64 `json:"cluster"`
-	Address string `json:"address"` // "ip:port" that was dialed, or that the connection came from
+	Address string `json:"address"` // "ip:port" that was dialed, or that the connection came from; "" over the loopback fabric
 }
 
 // Links lists the live links.
 func (e *Engine) Links() []LinkInfo {
 	links := []LinkInfo{}
 	for _, peer := range e.links.LivePeers() {
-		links = append(links, LinkInfo{Cluster: peer.ClusterID, Address: peer.Address})
+		info := LinkInfo{Cluster: peer.ClusterID, Address: peer.Address}
+		if info.Address == nameLoopback {
+			info.Address = ""
+		}
+		links = append(links, info)
 	}
 	return links
 }

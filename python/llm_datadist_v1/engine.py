@@ -175,6 +175,8 @@ class Engine:
         address = addresses.get(cluster["id"])
         if address is None:
             return LLMStatusCode.LLM_NOT_YET_LINK
+        if not address:  # of the loopback fabric, where every address leads here
+            return _SUCCESS
         remote = cluster["remote"][:1]
         if self._role == _PROMPT:  # which knows no port of a decoder
             address, remote = address.rpartition(":")[0], [each.rpartition(":")[0] for each in remote]
