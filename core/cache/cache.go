@@ -16,6 +16,7 @@ import (
 	"math/bits"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
@@ -125,6 +126,8 @@ type Entry struct {
 	Accessible bool // reachable by peers in one-sided mode
 
 	holds       holds
+	native      atomic.Int64    // the name in a vendor's library; 0: none, noNative: none any more
+	detained    atomic.Int64    // transfers into it that may still write, see Use.Detain
 	life        context.Context // ends when the entry is revoked: for those who write its memory on a peer's behalf
 	end         context.CancelFunc
 	wraps       bool             // a tensor runs beyond the address space
@@ -137,6 +140,16 @@ type Entry struct {
 	probe       sync.Mutex       // guards backing, and makes concurrent first uses look the memory up once
 	backing     mem.Backing      // what a successful look-up found
 }
+
+// noNative is the name of an entry that is gone.
+const noNative = -1
+
+// Native returns the entry's name in a vendor's library; 0: it has none there.
+func (e *Entry) Native() int64 { return max(0, e.native.Load()) }
+
+// Enroll gives the entry its name in a vendor's library, for Table.Leaving to take it back. It returns false where the entry is gone
+// already: then nobody does.
+func (e *Entry) Enroll(native int64) bool { return e.native.CompareAndSwap(0, native) }
 
 // batches is how many batch rows a pull can address: a blocks cache counts as one.
 func (e *Entry) batches() uint64 {

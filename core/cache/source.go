@@ -22,10 +22,12 @@ type Lookup struct {
 	OneSided bool
 	// BlocksToBlocks pulls never consume a key, nor do Exact ones.
 	BlocksToBlocks, Exact bool
+	// Lease has the memory stay until the pull ends, whether it consumes a key or not.
+	Lease bool
 }
 
-// Source is a peer's pull, resolved. It ends with Done or Drop, whichever comes first. A source that consumes a key is a lease: the
-// memory stays until it ends.
+// Source is a peer's pull, resolved. It ends with Done or Drop, whichever comes first. A source that consumes a key, or for which that was
+// asked, is a lease: the memory stays until it ends.
 type Source struct {
 	table    *Table
 	entry    *Entry
@@ -33,6 +35,7 @@ type Source struct {
 	binding  *binding // the key that a success releases; nil: none
 	key      Key
 	consumes bool
+	leased   bool
 	ended    atomic.Bool
 }
 
@@ -61,8 +64,11 @@ func (t *Table) Open(l Lookup) (*Source, error) {
 	if e.wraps {
 		return nil, status.Newf(status.ParamInvalid, status.StageLookup, "a tensor of cache %d runs beyond the address space", e.ID)
 	}
-	if s.binding != nil && s.consumable(l) {
-		s.consumes = true
+	if e.detained.Load() > 0 {
+		return nil, detained(e, status.StageLookup)
+	}
+	s.consumes = s.binding != nil && s.consumable(l)
+	if s.leased = s.consumes || l.Lease; s.leased {
 		e.holds.add(oneLease)
 		t.leases.Add(1)
 	}
@@ -118,7 +124,7 @@ func (s *Source) Entry() *Entry { return s.entry }
 // Batch returns the batch row that the pull reads.
 func (s *Source) Batch() uint64 { return s.batch }
 
-// Consumes says whether the source is a lease, whose success releases a key.
+// Consumes says whether a success releases a key. Such a source is a lease.
 func (s *Source) Consumes() bool { return s.consumes }
 
 // OnDevice says that the memory lies where only a device's copies reach it.
@@ -127,18 +133,28 @@ func (s *Source) OnDevice() bool { return s.table.onDevice(s.entry) }
 // Acquire comes before every system call that reads the memory. False: the cache has been withdrawn, and nothing may be read. The memory
 // stays until Release.
 func (s *Source) Acquire() bool {
-	return !s.ended.Load() && s.entry.holds.enter(s.consumes)
+	return !s.ended.Load() && s.entry.holds.enter(s.leased)
 }
 
 // Release ends one Acquire that said true.
 func (s *Source) Release() { s.table.left(s.entry, oneBusy) }
 
 // Done ends the source after the initiator has confirmed that it has the given tensors: the key is released when that was the last of
-// them, if it still leads to this entry.
-func (s *Source) Done(tensors plan.Range) {
-	if !s.ended.CompareAndSwap(false, true) || !s.consumes {
-		return
+// them, if it still leads to this entry. False says that the cache was revoked before: who has read under the lease alone has read what may
+// be anybody's.
+func (s *Source) Done(tensors plan.Range) (own bool) {
+	own = s.entry.holds.word.Load()&revoked == 0
+	if !s.ended.CompareAndSwap(false, true) || !s.leased {
+		return own
 	}
+	if s.consumes {
+		s.release(tensors)
+	}
+	s.table.endLease(s.entry)
+	return own
+}
+
+func (s *Source) release(tensors plan.Range) {
 	t := s.table
 	t.mu.Lock()
 	var freed []*Entry
@@ -148,12 +164,11 @@ func (s *Source) Done(tensors plan.Range) {
 	}
 	t.mu.Unlock()
 	t.finish(freed) // none while this lease lives
-	t.endLease(s.entry)
 }
 
 // Drop ends the source without success: nothing is released.
 func (s *Source) Drop() {
-	if s.ended.CompareAndSwap(false, true) && s.consumes {
+	if s.ended.CompareAndSwap(false, true) && s.leased {
 		s.table.endLease(s.entry)
 	}
 }
@@ -195,6 +210,9 @@ func (t *Table) Hold(id int64, u *Use) error {
 	if e == nil {
 		return status.Newf(status.CacheNotExist, status.StageCheck, "no cache has the id %d", id)
 	}
+	if e.detained.Load() > 0 {
+		return detained(e, status.StageCheck)
+	}
 	t.hold(e, u)
 	return nil
 }
@@ -235,6 +253,28 @@ func (u *Use) Backing() (mem.Backing, error) {
 	}
 	e.backing = backing
 	return backing, nil
+}
+
+// Native returns the cache's name in a vendor's library; 0: it has none there. See [Entry.Enroll].
+func (u *Use) Native() int64 { return u.entry.Native() }
+
+// Detain keeps the memory beyond the Use, while something that can't be called off may still write there: until the function that it returns
+// is called, the cache can be withdrawn and nothing else, and everything else is refused.
+func (u *Use) Detain() (release func()) {
+	e, t := u.entry, u.table
+	e.holds.add(oneBusy) // the Use has not ended, so that the memory has not been given back
+	t.uses.Add(1)
+	e.detained.Add(1)
+	return func() {
+		e.detained.Add(-1)
+		t.uses.Add(-1)
+		t.left(e, oneBusy)
+	}
+}
+
+func detained(e *Entry, stage status.Stage) error {
+	return status.Newf(status.Failed, stage, "a transfer into cache %d has outlived its deadline, and may still write there", e.ID).
+		Hinting("use the cache again when the transfer has ended, or free it: its memory stays until then")
 }
 
 // Release ends the hold. Releasing twice is fine.

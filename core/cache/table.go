@@ -21,7 +21,8 @@ var ErrKeyInUse = errors.New("the key is in use")
 // Table is the owner's table of caches: what peers and local calls can name. Its methods may be called from any goroutine. It has no
 // goroutine of its own: what a release has to clean up is done by the one who releases.
 type Table struct {
-	apart bool // DEVICE memory lies where this machine can't touch it; never changes
+	apart   bool               // DEVICE memory lies where this machine can't touch it; never changes
+	leaving func(native int64) // see Leaving; never changes
 
 	mu          sync.Mutex           // guards what follows, the pools' state, and the fields of Entry that say so; never held while waiting
 	lastID      int64                // the id drawn last
@@ -81,6 +82,10 @@ func (t *Table) Announce(p *directory.Publisher) {
 	defer t.mu.Unlock()
 	t.publisher = p
 }
+
+// Leaving has the table call gone with the name of each entry that was enrolled in a vendor's library, when nobody holds the entry's memory
+// any more and before it is given back. gone may block. Leaving is called at most once, before anything else.
+func (t *Table) Leaving(gone func(native int64)) { t.leaving = gone }
 
 // SharedPools lists the memory of those pools that a peer on this host can map; the others' caches are not published. It stays the table's,
 // and goes with it. What is published of pool n is in n-1 of the list.
@@ -330,6 +335,9 @@ func (e *Entry) revoke(before uint64) {
 // finish gives the memory of entries back that are withdrawn and that nobody holds; each entry comes here once. Called without mu.
 func (t *Table) finish(entries []*Entry) {
 	for _, e := range entries {
+		if native := e.native.Swap(noNative); native > 0 {
+			t.leaving(native)
+		}
 		t.mu.Lock()
 		t.conceal(e) // a lease may have kept it until now
 		closed := t.closed

@@ -25,6 +25,9 @@ func (t *Table) HoldTarget(l Lookup, u *Use) error {
 	if l.OneSided && !s.entry.Accessible {
 		return inaccessible(s.entry)
 	}
+	if s.entry.detained.Load() > 0 {
+		return detained(s.entry, status.StageLookup)
+	}
 	t.hold(s.entry, u)
 	return nil
 }
@@ -66,20 +69,22 @@ func (t *Table) holdSpan(span mem.Span, oneSided bool) (*Use, error) {
 	if t.closed {
 		return nil, tableClosed()
 	}
-	var closed *Entry
+	var refused error
 	for _, e := range t.live {
 		switch {
 		case !e.contains(span):
 		case oneSided && !e.Accessible:
-			closed = e
+			refused = inaccessible(e)
+		case e.detained.Load() > 0:
+			refused = detained(e, status.StageLookup)
 		default:
 			use := new(Use)
 			t.hold(e, use)
 			return use, nil
 		}
 	}
-	if closed != nil {
-		return nil, inaccessible(closed)
+	if refused != nil {
+		return nil, refused
 	}
 	return nil, status.Newf(status.ParamInvalid, status.StageLookup,
 		"%d bytes at address %#x are not wholly inside a tensor of a live cache", span.Bytes, span.Addr).

@@ -23,14 +23,16 @@ type Resolved struct {
 	Shape      plan.Shape
 	Batch      uint64 // the batch row
 	Whole      bool   // all of that row moves, whatever the request says
-	// Lease holds the memory where the pull consumes its key; nil otherwise: then nothing is held, and nothing has to be ended.
+	Native     int64  // the cache's name in the owner's vendor's library; 0: it has none there
+	// Lease holds the memory where the pull consumes its key, or asks for that; nil otherwise: then nothing is held or has to be ended.
 	Lease Lease
 }
 
 // Lease is the owner's hold on a cache for one pull of ours. Exactly one of its methods is called, once.
 type Lease interface {
 	// Confirm says that every byte has arrived, which releases the key, and waits for the answer. It fails where the lease had ended
-	// before; where the link or ctx ends first it succeeds.
+	// before; where the link or ctx ends first it succeeds, unless the request has asked for the lease: then that is not known to have been
+	// good until then.
 	Confirm(ctx context.Context) error
 	// Abandon gives up: nothing is released.
 	Abandon()
@@ -98,14 +100,10 @@ const (
 // with what the owner has published, reads, and looks whether the generation still was live when the last byte had been read: the
 // owner takes no part in the copy, so that nobody else could tell.
 type Direct struct {
-	cfg     DirectConfig
-	life    context.Context // ends with Close, because of its cause
-	end     context.CancelCauseFunc
-	waiters sync.WaitGroup // goroutines of Idle
+	cfg   DirectConfig
+	calls *Calls
 
 	mu    sync.Mutex // guards what follows
-	pulls int
-	quiet chan struct{} // closed when pulls becomes 0; nil: nobody waits
 	known map[knownKey]found
 }
 
@@ -126,9 +124,7 @@ func NewDirect(cfg DirectConfig) *Direct {
 	if cfg.BatchBytes == 0 {
 		cfg.BatchBytes = defaultBatchBytes
 	}
-	d := &Direct{cfg: cfg, known: map[knownKey]found{}}
-	d.life, d.end = context.WithCancelCause(context.Background())
-	return d
+	return &Direct{cfg: cfg, calls: NewCalls(), known: map[knownKey]found{}}
 }
 
 // Pull implements Session.
@@ -177,7 +173,7 @@ func (d *Direct) begin(deadline time.Time, req *Request, local Local) (*reading,
 	if len(local.Addrs) != int(req.Local.Tensors) {
 		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "%d addresses for %d tensors", len(local.Addrs), req.Local.Tensors)
 	}
-	if err := d.enter(); err != nil {
+	if err := d.calls.Enter(); err != nil {
 		return nil, err
 	}
 	p := readings.Get().(*reading)
@@ -243,7 +239,7 @@ func (p *reading) fits(f *found) bool {
 
 // Finish implements Operation.
 func (p *reading) Finish(ctx context.Context) error {
-	defer p.direct.leave() // also where something below panics
+	defer p.direct.calls.Leave() // also where something below panics
 	if !p.ended {
 		p.err = p.finish(ctx)
 	}
@@ -260,10 +256,8 @@ func (p *reading) recycle() {
 }
 
 func (p *reading) finish(ctx context.Context) error {
-	d := p.direct
-	reading, cancel := context.WithCancelCause(ctx) // the control session ends what waits for it by itself
-	defer cancel(nil)
-	defer context.AfterFunc(d.life, func() { cancel(context.Cause(d.life)) })()
+	reading, cancel := p.direct.calls.Within(ctx) // the control session ends what waits for it by itself
+	defer cancel()
 	return p.pull(ctx, reading)
 }
 
@@ -380,87 +374,10 @@ func (d *Direct) pushed(req *Request) (found, bool) {
 }
 
 // Close implements Session. Pulls let go within one Read.
-func (d *Direct) Close(cause error) {
-	d.end(cause)
-	d.cfg.Control.Close(cause)
-	<-d.silence() // and it stays so: nobody enters any more
-	d.waiters.Wait()
-}
+func (d *Direct) Close(cause error) { d.calls.Close(cause, d.cfg.Control) }
 
 // Idle implements Session.
-func (d *Direct) Idle() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.life.Err() != nil {
-		return atOnce
-	}
-	if d.pulls == 0 {
-		return d.cfg.Control.Idle()
-	}
-	idle := make(chan struct{})
-	d.waiters.Go(func() {
-		defer close(idle)
-		d.waitIdle()
-	})
-	return idle
-}
-
-// waitIdle returns when neither we nor the peer have anything under way, or the session ends.
-func (d *Direct) waitIdle() {
-	for {
-		select {
-		case <-d.silence():
-		case <-d.life.Done():
-			return
-		}
-		select {
-		case <-d.cfg.Control.Idle():
-		case <-d.life.Done():
-			return
-		}
-		d.mu.Lock()
-		still := d.pulls == 0
-		d.mu.Unlock()
-		if still {
-			return
-		}
-	}
-}
-
-// atOnce is a channel that has been closed.
-var atOnce = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
-
-// silence returns a channel that is closed as soon as no pull is under way.
-func (d *Direct) silence() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.pulls == 0 {
-		return atOnce
-	}
-	if d.quiet == nil {
-		d.quiet = make(chan struct{})
-	}
-	return d.quiet
-}
-
-func (d *Direct) enter() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.life.Err() != nil {
-		return status.Newf(status.NotYetLink, status.StageResolve, "the link has ended: %w", context.Cause(d.life))
-	}
-	d.pulls++
-	return nil
-}
-
-func (d *Direct) leave() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.pulls--; d.pulls == 0 && d.quiet != nil {
-		close(d.quiet)
-		d.quiet = nil
-	}
-}
+func (d *Direct) Idle() <-chan struct{} { return d.calls.Idle(d.cfg.Control) }
 
 // blocksID is the request id that stands for the blocks cache of a model (a BlocksCacheKey).
 const blocksID = math.MaxUint64
@@ -586,8 +503,8 @@ func (p *reading) stopped(ctx context.Context) error {
 		return Ended(ctx)
 	}
 	switch {
-	case p.direct.life.Err() != nil:
-		return Ended(p.direct.life)
+	case p.direct.calls.life.Err() != nil:
+		return Ended(p.direct.calls.life)
 	case !p.deadline.IsZero() && !time.Now().Before(p.deadline):
 		return deadlinePassed()
 	}
@@ -602,11 +519,11 @@ type bounded reading
 func (b *bounded) Deadline() (time.Time, bool) { return b.limit, true }
 
 // Done implements context.Context, as far as it can without a timer: it is closed with the session.
-func (b *bounded) Done() <-chan struct{} { return b.direct.life.Done() }
+func (b *bounded) Done() <-chan struct{} { return b.direct.calls.life.Done() }
 
 // Err implements context.Context.
 func (b *bounded) Err() error {
-	if err := b.direct.life.Err(); err != nil {
+	if err := b.direct.calls.life.Err(); err != nil {
 		return err
 	}
 	if !time.Now().Before(b.limit) {

@@ -25,6 +25,8 @@ const (
 	KeyCache  KeyKind = 3 // (CacheID, Batch)
 	// KeyPushed names a cache of the pusher exactly: CacheID, its generation in ID, Batch. It never consumes a key.
 	KeyPushed KeyKind = 4
+	// KeyRelink names no cache: a push with it asks the peer to make the link of a vendor's library anew, see Relinker.
+	KeyRelink KeyKind = 5
 )
 
 // Key names a cache of the owner.
@@ -41,6 +43,9 @@ type Request struct {
 	Key   Key
 	Plan  plan.Request
 	Local plan.Shape
+	// Lease has the owner hold the memory until the initiator has confirmed or given up, whether a key is consumed or not. It is for a
+	// transport that can't tell whether what it has read still was the cache's, and the owner says so when it confirms.
+	Lease bool
 }
 
 // Theirs says that the pull serves a push of the peer's. It is the peer's operation and waits for none of ours.
@@ -50,6 +55,15 @@ func (r *Request) Theirs() bool { return r.Key.Kind == KeyPushed }
 type Local struct {
 	Addrs   []uintptr
 	Backing mem.Backing // how it may be written
+	Memory  Memory      // the one cache whose memory it is; nil: it is of several
+}
+
+// Memory is a cache that the caller of a transfer holds.
+type Memory interface {
+	// Native returns the cache's name in a vendor's library; 0: it has none there.
+	Native() int64
+	// Detain keeps the memory beyond the call, for a transfer that can't be called off, and has everybody else refused until release.
+	Detain() (release func())
 }
 
 // Push is one push: a request to the peer to pull from us (rule 1), and the shape of our side, from which the peer's follows.
@@ -85,6 +99,12 @@ type Beginner interface {
 	// Begin starts what Pull does, with a deadline (zero: none) that the owner is told. req and local are the operation's until it is
 	// finished. Errors are those of Pull. A nil Operation says that it can't begin without waiting: Pull does it.
 	Begin(deadline time.Time, req *Request, local Local) (Operation, error)
+}
+
+// Relinker is a session with a link of a vendor's library beside its own, which the end that dialed makes.
+type Relinker interface {
+	// Relink makes that link anew. It ends when ctx ends.
+	Relink(ctx context.Context) error
 }
 
 // Explainer is a session that has something to say of how it works.
@@ -128,12 +148,13 @@ type Source interface {
 	Generation() uint64
 	Batch() uint64                 // the resolved batch row
 	Whole() bool                   // all of that row moves, whatever the request says
+	Native() int64                 // the cache's name in a vendor's library; 0: it has none there
 	Consumes() bool                // the key is released when the initiator confirms: this source is a lease
 	Address(tensor uint32) uintptr // base of a tensor
 	OnDevice() bool                // only the device's copies may read there
 	Acquire() bool                 // before each system call on the memory; false once it was withdrawn
 	Release()                      // after it
-	Done(tensors plan.Range)       // the initiator confirmed these tensors
+	Done(tensors plan.Range) bool  // the initiator confirmed these tensors; false: the cache was withdrawn for good before
 	Drop()                         // ended otherwise: nothing is released
 }
 

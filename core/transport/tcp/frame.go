@@ -125,6 +125,7 @@ const (
 	requestSrcAll
 	requestDstAll
 	requestExact
+	requestLease
 )
 
 func requestBytes(req *transport.Request) int {
@@ -146,6 +147,9 @@ func putRequest(b []byte, req *transport.Request) {
 	}
 	if p.Exact {
 		flags |= requestExact
+	}
+	if req.Lease {
+		flags |= requestLease
 	}
 	w := writer{b: b}
 	w.u64(uint64(req.Key.Kind) | uint64(flags)<<8 | uint64(p.Parts())<<32)
@@ -183,7 +187,7 @@ func parseRequest(b []byte, req *transport.Request) error {
 	flags := uint8(kind >> 8)
 	p := &req.Plan
 	p.SrcBatch, p.Whole = 0, false
-	p.OneSided, p.Exact = flags&requestOneSided != 0, flags&requestExact != 0
+	p.OneSided, p.Exact, req.Lease = flags&requestOneSided != 0, flags&requestExact != 0, flags&requestLease != 0
 	parts := uint32(kind >> 32)
 	p.SrcTensors = plan.Range{First: r.u32(), Count: r.u32(), Parts: parts, All: flags&requestSrcAll != 0}
 	p.DstTensors = plan.Range{First: r.u32(), Count: r.u32(), Parts: parts, All: flags&requestDstAll != 0}
@@ -248,10 +252,10 @@ func parsePush(b []byte, p *transport.Push) error {
 }
 
 // entryBytes is the size of an entry's body.
-const entryBytes = 72
+const entryBytes = 80
 
 const (
-	entryConsumes = 1 << iota
+	entryLeased = 1 << iota
 	entryWhole
 )
 
@@ -260,10 +264,11 @@ type entry struct {
 	generation uint64
 	shape      plan.Shape
 	batch      uint64
-	consumes   bool
+	leased     bool   // the owner holds a lease, and waits for DONE
 	whole      bool   // the source's whole batch row moves
 	total      uint64 // bytes that the operation's stream will have
 	hash       uint64 // of the owner's plan
+	native     int64  // the cache's name in a vendor's library; 0: none
 }
 
 func putEntry(b []byte, e *entry) {
@@ -272,8 +277,8 @@ func putEntry(b []byte, e *entry) {
 	w.shape(e.shape)
 	w.u64(e.batch)
 	var flags uint64
-	if e.consumes {
-		flags |= entryConsumes
+	if e.leased {
+		flags |= entryLeased
 	}
 	if e.whole {
 		flags |= entryWhole
@@ -281,6 +286,7 @@ func putEntry(b []byte, e *entry) {
 	w.u64(flags)
 	w.u64(e.total)
 	w.u64(e.hash)
+	w.u64(uint64(e.native))
 }
 
 func parseEntry(b []byte) (e entry, err error) {
@@ -292,9 +298,10 @@ func parseEntry(b []byte) (e entry, err error) {
 	e.shape = r.shape()
 	e.batch = r.u64()
 	flags := r.u64()
-	e.consumes, e.whole = flags&entryConsumes != 0, flags&entryWhole != 0
+	e.leased, e.whole = flags&entryLeased != 0, flags&entryWhole != 0
 	e.total = r.u64()
 	e.hash = r.u64()
+	e.native = int64(r.u64())
 	return e, nil
 }
 

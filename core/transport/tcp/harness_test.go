@@ -199,8 +199,10 @@ type offer struct {
 	addrs    []uintptr // in place of the cache's
 	batch    uint64
 	consumes bool
+	native   int64
 	whole    bool
 	device   bool
+	revoked  atomic.Bool
 	acquire  func(s *source, n int64) bool // n-th call, from 1; nil: true
 }
 
@@ -278,6 +280,7 @@ func (s *source) Shape() plan.Shape  { return s.offer.shape }
 func (s *source) Generation() uint64 { return 7 }
 func (s *source) Batch() uint64      { return s.offer.batch }
 func (s *source) Consumes() bool     { return s.offer.consumes }
+func (s *source) Native() int64      { return s.offer.native }
 func (s *source) Whole() bool        { return s.offer.whole }
 func (s *source) OnDevice() bool     { return s.offer.device }
 func (s *source) Address(tensor uint32) uintptr {
@@ -303,8 +306,11 @@ func (s *source) Acquire() bool {
 
 func (s *source) Release() { s.held.Add(-1) }
 
-func (s *source) Done(tensors plan.Range) { s.end(func() { s.done = append(s.done, tensors) }) }
-func (s *source) Drop()                   { s.end(func() { s.drops++ }) }
+func (s *source) Done(tensors plan.Range) bool {
+	s.end(func() { s.done = append(s.done, tensors) })
+	return !s.offer.revoked.Load()
+}
+func (s *source) Drop() { s.end(func() { s.drops++ }) }
 
 func (s *source) end(record func()) {
 	s.mu.Lock()
@@ -545,7 +551,7 @@ func (p *rawPeer) entry(id uint64, req *transport.Request, src plan.Shape, consu
 	segments, err := plan.Build(&plans, src, req.Local, nil)
 	require.NoError(p.t, err)
 	body := make([]byte, entryBytes)
-	putEntry(body, &entry{shape: src, consumes: consumes, total: plan.Total(segments), hash: plan.Hash(&plans, segments)})
+	putEntry(body, &entry{shape: src, leased: consumes, total: plan.Total(segments), hash: plan.Hash(&plans, segments)})
 	p.send(header{kind: kindEntry, operation: id}, body)
 }
 

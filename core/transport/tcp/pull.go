@@ -198,7 +198,7 @@ func (u *underway) Advance(wait time.Duration) bool {
 func (p *pull) quick() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.err != nil || !p.entry.consumes
+	return p.err != nil || !p.entry.leased
 }
 
 // Finish implements transport.Operation.
@@ -209,7 +209,7 @@ func (u *underway) Finish(ctx context.Context) error {
 	if err := s.wait(ctx, p); err != nil {
 		return err
 	}
-	if p.entry.consumes {
+	if p.entry.leased {
 		return s.confirm(ctx, p)
 	}
 	return nil
@@ -409,18 +409,41 @@ func (s *Session) wait(ctx context.Context, p *pull) error {
 }
 
 // confirm tells the owner that every byte has arrived, which releases the key, and waits for its answer. Once DONE is under way the
-// pull can't fail any more without losing the key: where the link or the deadline ends first, it has succeeded.
+// pull can't fail any more without losing the key: where the link or the deadline ends first, it has succeeded. Not so where the owner
+// alone can tell what was read.
 func (s *Session) confirm(ctx context.Context, p *pull) error {
 	s.tell(p.lane, doneHeader(p.id, p.req.Plan.SrcTensors))
 	select {
 	case code := <-p.acked:
-		if code != status.Success {
-			return status.New(code, status.StageVerify, "the owner's lease had ended before it was confirmed; the key was not released")
-		}
+		return unreleased(code)
 	case <-s.closing:
+		if p.req.Lease {
+			return s.ended()
+		}
 	case <-ctx.Done():
+		if p.req.Lease {
+			return transport.Ended(ctx)
+		}
 	}
 	return nil
+}
+
+// unreleased is what the owner's answer to DONE says.
+func unreleased(code status.Code) error {
+	switch code {
+	case status.Success:
+		return nil
+	case status.CacheNotExist:
+		return status.New(code, status.StageVerify, "the cache was withdrawn during the transfer")
+	}
+	return status.New(code, status.StageVerify, "the owner's lease had ended before it was confirmed; the key was not released")
+}
+
+// ended is why the session has ended.
+func (s *Session) ended() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cause
 }
 
 // forget takes the operation off the table. What still arrives for it is drained. Only the first call does something: a lease may be

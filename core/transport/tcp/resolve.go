@@ -11,7 +11,7 @@ import (
 var _ transport.Control = (*Session)(nil)
 
 // Resolve implements transport.Control: the owner answers with an ENTRY alone. Where the pull consumes its key the owner keeps the
-// lease until DONE or CANCEL, and the operation stays on our table until then.
+// lease until DONE or CANCEL, and the operation stays on our table until then; also where the request asks for it.
 func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transport.Resolved, error) {
 	if ctx.Err() != nil {
 		return transport.Resolved{}, transport.Ended(ctx)
@@ -26,8 +26,9 @@ func (s *Session) Resolve(ctx context.Context, req *transport.Request) (transpor
 		s.forget(p, p.id)
 		return transport.Resolved{}, err
 	}
-	r := transport.Resolved{Generation: p.entry.generation, Shape: p.entry.shape, Batch: p.entry.batch, Whole: p.entry.whole}
-	if !p.entry.consumes {
+	r := transport.Resolved{Generation: p.entry.generation, Shape: p.entry.shape, Batch: p.entry.batch, Whole: p.entry.whole,
+		Native: p.entry.native}
+	if !p.entry.leased {
 		s.forget(p, p.id)
 		return r, nil
 	}

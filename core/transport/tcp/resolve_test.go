@@ -11,6 +11,7 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
 func TestResolveReturnsTheEntryAndMovesNothing(t *testing.T) {
@@ -102,6 +103,40 @@ func TestALeaseThatHasExpiredIsNotConfirmed(t *testing.T) {
 		served[0].expire()
 		require.ErrorIs(t, r.Lease.Confirm(ctx), status.Timeout)
 		require.Equal(t, 1, l.ownerB.last().dropped())
+	})
+}
+
+func TestALeaseThatIsAskedForIsHeldAndJudged(t *testing.T) {
+	overBoth(t, 1, func(t *testing.T, l *link) {
+		src := newCache(t, plan.Contiguous, 1, 1, 1000)
+		o := &offer{cache: src, native: 1 << 40}
+		l.ownerB.offer(1, o)
+		asking := rows(1, src)
+		asking.Lease = true
+		resolve := func() transport.Resolved {
+			r, err := l.a.Resolve(within(t, settleTime), asking)
+			require.NoError(t, err)
+			require.Equal(t, int64(1<<40), r.Native)
+			require.NotNil(t, r.Lease)
+			require.Zero(t, l.ownerB.last().dropped(), "held, though no key is consumed")
+			return r
+		}
+		require.NoError(t, resolve().Lease.Confirm(within(t, settleTime)))
+		resolve().Lease.Abandon()
+		<-l.ownerB.last().ended
+
+		o.revoked.Store(true)
+		require.ErrorIs(t, resolve().Lease.Confirm(within(t, settleTime)), status.CacheNotExist)
+		o.revoked.Store(false)
+
+		r := resolve()
+		ended, cancel := context.WithCancel(context.Background())
+		cancel()
+		require.ErrorIs(t, r.Lease.Confirm(ended), status.Failed, "the owner has not said that it was good")
+		r = resolve()
+		l.b.Close(errClosed)
+		<-l.brokenA
+		require.ErrorIs(t, r.Lease.Confirm(within(t, settleTime)), status.Failed, "nobody says that it was good")
 	})
 }
 

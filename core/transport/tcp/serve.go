@@ -12,14 +12,15 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
-// serve is one operation of the peer on our memory, from its request until its bytes have gone out or, where it consumes a key, until
+// serve is one operation of the peer on our memory, from its request until its bytes have gone out or, where there is a lease, until
 // DONE, CANCEL, its lease's end or the death of the link.
 type serve struct {
 	session *Session
 	id      uint64
 	lane    *lane // the request's; answers go there too
 	source  transport.Source
-	leased  bool       // the pull consumes its key
+	leased  bool       // the pull consumes its key, or asks for the lease
+	judged  bool       // the initiator can't tell whether what it read was the cache's, and is told
 	shape   plan.Shape // of the source
 	stream  *stream    // recycled when the operation rests
 	total   uint64
@@ -64,7 +65,7 @@ func (s *Session) request(l *lane, h header, body []byte) error {
 		s.refuse(l, h.operation, status.From(err, status.StageLookup))
 		return nil
 	}
-	v := &serve{session: s, id: h.operation, lane: l, source: source, leased: source.Consumes(), stream: newStream(true)}
+	v := &serve{session: s, id: h.operation, lane: l, source: source, leased: source.Consumes() || req.Lease, judged: req.Lease, stream: newStream(true)}
 	s.planning.Lock()
 	err = v.prepare(h, req)
 	if err == nil {
@@ -106,7 +107,8 @@ func (s *Session) busy() error {
 // prepare builds the plan and the entry that tells the initiator of it.
 func (v *serve) prepare(h header, req *transport.Request) error {
 	shape := v.source.Shape()
-	e := entry{generation: v.source.Generation(), shape: shape, batch: v.source.Batch(), consumes: v.leased, whole: v.source.Whole()}
+	e := entry{generation: v.source.Generation(), shape: shape, batch: v.source.Batch(), leased: v.leased, whole: v.source.Whole(),
+		native: v.source.Native()}
 	if h.flags&flagResolve == 0 {
 		req.Plan.SrcBatch, req.Plan.Whole = e.batch, e.whole
 		segments, err := plan.Build(&req.Plan, shape, req.Local, v.stream.segments)
@@ -282,8 +284,11 @@ func (v *serve) settle() {
 		v.source.Drop()
 		return
 	}
-	v.source.Done(*v.outcome)
-	v.session.tell(v.lane, header{kind: kindConfirmed, operation: v.id}) // after Done: the initiator's call may return now
+	answer := header{kind: kindConfirmed, operation: v.id}
+	if own := v.source.Done(*v.outcome); v.judged && !own {
+		answer.a = uint64(status.CacheNotExist)
+	}
+	v.session.tell(v.lane, answer) // after Done: the initiator's call may return now
 }
 
 // stopped reports that no more bytes may be sent.
