@@ -17,8 +17,9 @@ import (
 
 // The transports that an engine offers, best first.
 const (
-	nameSHM = "shm"
-	nameTCP = "tcp"
+	nameCANN = "cann"
+	nameSHM  = "shm"
+	nameTCP  = "tcp"
 )
 
 // openShare makes what the engine gives to peers on its host, unless it is told not to use shm. Where the machine has no means for that
@@ -51,11 +52,14 @@ func (e *Engine) withoutSHM(err error) error {
 	return nil
 }
 
-func (e *Engine) offers() []string {
-	if e.share == nil {
-		return []string{nameTCP}
+func (e *Engine) offers() (names []string) {
+	if e.hub != nil {
+		names = append(names, nameCANN)
 	}
-	return []string{nameSHM, nameTCP}
+	if e.share != nil {
+		names = append(names, nameSHM)
+	}
+	return append(names, nameTCP)
 }
 
 // gift is what a peer on this host gets.
@@ -91,6 +95,8 @@ func (e *Engine) attachBest(peer link.Peer, conns []transport.Conn, o *owner) (l
 	for _, name := range peer.Transports {
 		var session transport.Session
 		switch name {
+		case nameCANN:
+			session, err = e.attachLibrary(peer, control)
 		case nameSHM:
 			session, err = e.attachSHM(peer, control)
 		case nameTCP:

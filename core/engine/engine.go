@@ -20,6 +20,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
+	"github.com/llm-datadist-open/llm-datadist/core/transport/native"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/shm"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/tcp"
 )
@@ -30,6 +31,8 @@ type Parts struct {
 	Network link.Network // where connections come from
 	// Sessions makes the session of a link; nil: shm on one host, else tcp.
 	Sessions func(peer link.Peer, conns []transport.Conn, server transport.Server) (transport.Session, error)
+	// Library makes the engine's object of a vendor's library, under a name that no other engine has; nil: none moves bytes.
+	Library func(name uint64) (native.Library, error)
 	// Event takes lines for the log; it must not block. nil: nobody listens.
 	Event func(link.Event)
 }
@@ -41,7 +44,8 @@ type Engine struct {
 	parts     Parts
 	table     *cache.Table
 	links     *link.Manager
-	share     *shm.Share // nil where shm is not used
+	share     *shm.Share  // nil where shm is not used
+	hub       *native.Hub // nil where no vendor's library is used
 	groups    groups
 
 	mu    sync.Mutex        // guards what follows
@@ -64,8 +68,8 @@ func New(clusterID uint64, options Options, parts Parts) (*Engine, error) {
 	}
 	e.announceLoopback()
 	incarnation := newIncarnation()
-	if err := e.openShare(incarnation); err != nil {
-		return nil, errors.Join(err, e.table.Close())
+	if err := errors.Join(e.openShare(incarnation), e.openLibrary(incarnation)); err != nil {
+		return nil, errors.Join(err, e.closeMemory())
 	}
 	if e.links, err = link.NewManager(e.linkConfig(incarnation)); err != nil {
 		return nil, errors.Join(err, e.closeMemory())
@@ -87,7 +91,7 @@ func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
 		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
-		Gift: e.gift, Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
+		Gift: e.gift, Card: e.card(), Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
 	}
 }
 
@@ -99,6 +103,7 @@ func (e *Engine) Close() error {
 
 // closeMemory ends what is published before any memory goes.
 func (e *Engine) closeMemory() error {
+	e.closeLibrary()
 	err := e.table.Close()
 	if e.share != nil {
 		err = errors.Join(err, e.share.Close())
@@ -164,6 +169,7 @@ func (e *Engine) Register(desc cache.Desc, addrs []uintptr, keys []cache.Key, ac
 	if err != nil {
 		return 0, err
 	}
+	e.enroll(entry)
 	return entry.ID, nil
 }
 
@@ -173,6 +179,7 @@ func (e *Engine) Allocate(desc cache.Desc, keys []cache.Key) (int64, []uintptr, 
 	if err != nil {
 		return 0, nil, e.allocateFailure(err)
 	}
+	e.enroll(entry)
 	return entry.ID, entry.Addrs, nil
 }
 
@@ -237,6 +244,7 @@ func (o *owner) Open(req *transport.Request) (transport.Source, error) {
 		return nil, err
 	}
 	lookup.OneSided, lookup.BlocksToBlocks, lookup.Exact = o.options.OneSided, len(req.Plan.SrcBlocks) > 0, req.Plan.Exact
+	lookup.Lease = req.Lease
 	source, err := o.table.Open(lookup)
 	if err != nil {
 		return nil, err
@@ -274,6 +282,9 @@ func (h held) Shape() plan.Shape { return h.Entry().Shape }
 
 // Generation implements transport.Source.
 func (h held) Generation() uint64 { return h.Entry().Generation }
+
+// Native implements transport.Source.
+func (h held) Native() int64 { return h.Entry().Native() }
 
 // Address implements transport.Source.
 func (h held) Address(tensor uint32) uintptr { return h.Entry().Addrs[tensor] }

@@ -24,8 +24,10 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/testkit/device"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit/library"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/fabric"
+	"github.com/llm-datadist-open/llm-datadist/core/transport/native"
 	"github.com/llm-datadist-open/llm-datadist/core/transport/tcp"
 )
 
@@ -42,6 +44,7 @@ type way struct {
 	virtual bool // in a bubble, where time costs nothing
 	// Whose caches lie on a device that this process can't touch: those of the engine with cluster id 1, and those of all others.
 	first, others bool
+	library       bool // a vendor's library moves the bytes between them
 }
 
 var (
@@ -62,7 +65,10 @@ var (
 	deviceBubble   = way{name: "bubble with devices", fabric: true, virtual: true, first: true, others: true}
 )
 
-var everyWay = []way{overTCP, overSHM, overFabric, overBubble, overDirect, betweenDevices, fromDevice, toDevice}
+// overLibrary is the transport cann, with a library that lives in this process.
+var overLibrary = way{name: "cann", first: true, others: true, library: true}
+
+var everyWay = []way{overTCP, overSHM, overFabric, overBubble, overDirect, betweenDevices, fromDevice, toDevice, overLibrary}
 
 // alsoBack is for what does not need two tables of caches.
 var alsoBack = append([]way{overBack, deviceBack}, everyWay...)
@@ -120,6 +126,7 @@ type world struct {
 	t       *testing.T
 	way     way
 	network *fabric.Network // nil over real sockets
+	objects *library.Network
 
 	mu    sync.Mutex // guards what follows
 	nodes []*node
@@ -127,7 +134,7 @@ type world struct {
 }
 
 func newWorld(t *testing.T, a way, seed uint64) *world {
-	w := &world{t: t, way: a}
+	w := &world{t: t, way: a, objects: library.NewNetwork()}
 	if a.fabric {
 		w.network = fabric.New(seed)
 	}
@@ -146,6 +153,7 @@ func (w *world) end() {
 	for _, free := range w.frees {
 		require.NoError(w.t, free())
 	}
+	require.Zero(w.t, w.objects.Open(), "objects of the library")
 	for _, n := range w.nodes {
 		if n.device != nil {
 			require.Zero(w.t, n.device.Held(), "device memory")
@@ -189,8 +197,9 @@ type node struct {
 	*Engine
 	w       *world
 	id      uint64
-	host    *fabric.Host // nil over real sockets
-	device  *device.Fake // where its caches lie; nil: in host memory
+	host    *fabric.Host    // nil over real sockets
+	device  *device.Fake    // where its caches lie; nil: in host memory
+	object  *library.Object // what moves its bytes; nil: none
 	address string
 	caches  []*memory
 	stopped bool
@@ -224,6 +233,13 @@ func (w *world) node(name string, id uint64, change ...func(*Options)) *node {
 	if id == 1 && w.way.first || id != 1 && w.way.others {
 		n.device = device.New()
 		parts.Device = n.device
+	}
+	if w.way.library {
+		options.Transport = nameCANN
+		parts.Library = func(name uint64) (native.Library, error) {
+			n.object = w.objects.New(name, n.device)
+			return n.object, nil
+		}
 	}
 	ip := "127.0.0.1"
 	if w.way.fabric {

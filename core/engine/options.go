@@ -27,7 +27,9 @@ type Options struct {
 	LinkTotal    time.Duration // llm.LinkTotalTime: how long link() may prepare a group
 	LinkTries    int           // llm.LinkRetryCount: over how many attempts that is divided
 
-	Device         string        // open.Device: auto, host
+	Device         string        // open.Device: auto, host, cann; "" is auto
+	DeviceID       int32         // ge.exec.deviceId, the first one
+	LibraryPath    string        // open.CannPath: where the vendor's library is looked for; "": in its documented places
 	Transport      string        // open.Transport: auto or the one that is required
 	CopyThreads    int           // open.CopyThreads
 	TCPConnections int           // open.TcpConnections: data connections of a link
@@ -118,6 +120,7 @@ func (r *optionReader) documented(o *Options) {
 	if value, ok := r.options[keyLocalCommRes]; ok {
 		o.LocalCommRes = &value
 	}
+	o.DeviceID = firstDevice(r.options[keyDeviceID])
 	if o.CacheManager {
 		r.integer(keyDeviceID, 0, 1<<31-1)
 		r.integer(keyTrafficClass, 0, 1<<32-1)
@@ -140,6 +143,17 @@ func (r *optionReader) documented(o *Options) {
 	ip, hasIP := r.options[keyListenIP]
 	port, hasPort := r.options[keyListenPort]
 	o.ListenIP, o.ListenPort, o.HasListen = ip, port, hasIP && hasPort
+}
+
+// firstDevice reads the first of the ids of devices, of which v1 mode has several; 0 where there is none. What is no number Python has
+// refused, or the caller does.
+func firstDevice(ids string) int32 {
+	first, _, _ := strings.Cut(ids, ";")
+	id, err := strconv.ParseUint(strings.TrimSpace(first), 10, 31)
+	if err != nil {
+		return 0
+	}
+	return int32(id)
 }
 
 // integer reads a decimal option and reports whether it is there.
@@ -186,8 +200,9 @@ type ourOption struct {
 
 // The options whose values are words. A value that is known but not built yet is FeatureNotEnabled.
 var ourWords = []ourOption{
-	{"open.Device", "LLM_DATADIST_DEVICE", []string{"auto", "host", "cann"}, []string{"auto", "host"}},
-	{"open.Transport", "LLM_DATADIST_TRANSPORT", []string{"auto", "shm", "tcp", "ucx", "cann"}, []string{"auto", "shm", "tcp"}},
+	{"open.Device", "LLM_DATADIST_DEVICE", []string{"auto", "host", nameCANN}, nil},
+	{"open.Transport", "LLM_DATADIST_TRANSPORT", []string{"auto", nameSHM, nameTCP, "ucx", nameCANN}, []string{"auto", nameSHM, nameTCP, nameCANN}},
+	{"open.CannPath", "LLM_DATADIST_CANN_PATH", nil, nil},
 	{"open.Fabric", "LLM_DATADIST_FABRIC", []string{nameLoopback}, nil},
 	{"open.MultipleEngines", "", []string{"0", "1"}, nil},
 	{"open.Relink", "", []string{"0", "1"}, []string{"0"}},
@@ -221,7 +236,7 @@ func (r *optionReader) ours(o *Options) {
 			r.fail(status.ParamInvalid, "there is no option %q", key)
 		}
 	}
-	o.Device, o.Transport = words["open.Device"], words["open.Transport"]
+	o.Device, o.Transport, o.LibraryPath = words["open.Device"], words["open.Transport"], words["open.CannPath"]
 	o.Loopback, o.MultipleEngines = words["open.Fabric"] == nameLoopback, words["open.MultipleEngines"] == "1"
 	o.CopyThreads = int(r.number(keyCopyThreads, "LLM_DATADIST_COPY_THREADS", int64(min(defaultCopyThreads, runtime.NumCPU())), 1, mostCopyThreads))
 	o.TCPConnections = int(r.number(keyTCPConnections, "LLM_DATADIST_TCP_CONNECTIONS", defaultTCPConnections, 1, mostTCPConnections))

@@ -56,7 +56,7 @@ func TestOptionsAreRead(t *testing.T) {
 		{[]string{"llm.LocalCommRes", text}, func(o *Options) { o.LocalCommRes = &text }},
 		{[]string{"llm.MemPoolConfig", `{"memory_size": 4096, "page_shift": 10}`}, func(o *Options) { o.DevicePool = &cache.PoolConfig{Bytes: 4096, PageShift: 10} }},
 		{[]string{"llm.HostMemPoolConfig", `{"memory_size": 65536}`}, func(o *Options) { o.HostPool = &cache.PoolConfig{Bytes: 65536, PageShift: 16} }},
-		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "ge.exec.deviceId", "3"}, func(*Options) {}},
+		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "ge.exec.deviceId", "3"}, func(o *Options) { o.DeviceID = 3 }},
 		{[]string{"llm.LinkTotalTime", "4294967295", "llm.LinkRetryCount", "100"}, func(o *Options) {
 			o.LinkTotal, o.LinkTries = 4294967295*time.Second, 100
 		}},
@@ -81,6 +81,9 @@ func TestOptionsAreRead(t *testing.T) {
 		{[]string{"LLM_DATADIST_SPIN_MICROS", "200"}, func(o *Options) { o.Spin = 200 * time.Microsecond }},
 		{[]string{"open.TcpConnections", "5", "LLM_DATADIST_TCP_CONNECTIONS", "nonsense"}, func(o *Options) { o.TCPConnections = 5 }},
 		{[]string{"open.Transport", "tcp", "LLM_DATADIST_TRANSPORT", "ucx"}, func(o *Options) { o.Transport = "tcp" }},
+		{[]string{"open.Device", "cann", "open.Transport", "cann"}, func(o *Options) { o.Device, o.Transport = "cann", "cann" }},
+		{[]string{"LLM_DATADIST_DEVICE", "cann", "LLM_DATADIST_CANN_PATH", "/there"},
+			func(o *Options) { o.Device, o.LibraryPath = "cann", "/there" }},
 	} {
 		want, err := parse()
 		require.NoError(t, err)
@@ -116,10 +119,10 @@ func TestBadOptions(t *testing.T) {
 
 func TestOptionsOfPartsThatAreNotBuilt(t *testing.T) {
 	for _, c := range [][]string{
-		{"open.Device", "cann"}, {"open.Transport", "ucx"}, {"open.Transport", "cann"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
+		{"open.Transport", "ucx"}, {"open.Relink", "1"}, {"open.Integrity", "sampled"},
 		{"open.Integrity", "always"}, {"open.AuthSecretFile", "/x"}, {"open.TlsCertFile", "/x"}, {"open.TlsKeyFile", "/x"}, {"open.TlsCaFile", "/x"},
 		{"open.MetricsAddress", "127.0.0.1:1"},
-		{"LLM_DATADIST_DEVICE", "cann"}, {"LLM_DATADIST_TRANSPORT", "ucx"},
+		{"LLM_DATADIST_TRANSPORT", "ucx"},
 		{"LLM_DATADIST_INTEGRITY", "always"}, {"LLM_DATADIST_AUTH_SECRET_FILE", "/x"},
 		{"LLM_DATADIST_TLS_CERT_FILE", "/x"}, {"LLM_DATADIST_TLS_KEY_FILE", "/x"}, {"LLM_DATADIST_TLS_CA_FILE", "/x"}, {"LLM_DATADIST_METRICS_ADDRESS", "x"},
 	} {

@@ -92,6 +92,9 @@ func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	case <-ctx.Done():
 		return transport.Ended(ctx)
 	}
+	if push.Key.Kind == transport.KeyRelink {
+		return o.relink(ctx)
+	}
 	if push.Plan.SrcTensors.All { // for the destination to be compared with
 		push.Plan.SrcTensors = plan.Range{Count: push.Shape.Tensors}
 	}
@@ -120,7 +123,11 @@ func (o *owner) Receive(ctx context.Context, push *transport.Push) error {
 	}
 	ctx, done := to.Within(ctx)
 	defer done()
-	return o.session.Pull(ctx, &req, transport.Local{Addrs: to.addrs, Backing: backing})
+	local := transport.Local{Addrs: to.addrs, Backing: backing}
+	if push.Addrs == nil {
+		local.Memory = to.Uses[0]
+	}
+	return o.session.Pull(ctx, &req, local)
 }
 
 // target is the destination of a peer's push, held.

@@ -398,6 +398,9 @@ func TestExplainNamesTheTransportAndEveryConnection(t *testing.T) {
 			if w.way.shm {
 				transport = "transport: shm"
 			}
+			if w.way.library {
+				transport = "transport: cann"
+			}
 			for _, part := range []string{"linked", transport, "data connection 0", "data connection 1"} {
 				require.Contains(w.t, text, part)
 			}

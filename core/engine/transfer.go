@@ -85,7 +85,7 @@ func (p *Pulling) begin(deadline time.Time, call *PullCall) error {
 	}
 	entry := p.use.Entry()
 	p.request = transport.Request{Key: call.Key, Plan: call.Plan, Local: entry.Shape}
-	p.local = transport.Local{Addrs: entry.Addrs, Backing: backing}
+	p.local = transport.Local{Addrs: entry.Addrs, Backing: backing, Memory: &p.use}
 	if missing != nil {
 		return nil // Finish looks again, and waits
 	}

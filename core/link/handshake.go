@@ -169,7 +169,7 @@ func (a *attempt) hello() hello {
 	h := hello{
 		Incarnation: m.incarnation[:], ClusterID: m.cfg.ClusterID, OneSided: m.cfg.OneSided,
 		Offers: m.cfg.Offers, Required: m.cfg.Required, Nonce: a.nonce[:],
-		PeerDeadMillis: uint64(m.cfg.PeerDead.Milliseconds()),
+		PeerDeadMillis: uint64(m.cfg.PeerDead.Milliseconds()), Card: m.cfg.Card,
 	}
 	if a.dialed {
 		h.DataConnections = uint32(m.cfg.DataConnections)

@@ -18,9 +18,11 @@ func (a *attempt) install(data []*conn, witness Witness, reason string) (*Link, 
 	l := &Link{
 		manager: m, number: a.number, control: a.control, dead: make(chan struct{}), gone: make(chan struct{}),
 		peer: Peer{ClusterID: a.theirs.ClusterID, Incarnation: a.peer, Address: a.address, Dialed: a.dialed,
+			Local: a.control.LocalAddr().String(), Card: a.theirs.Card,
 			SameHost: witness != nil, SameHostReason: reason, Witness: witness, Transports: a.usable},
 		rejected: a.rejected,
 	}
+	l.peer.Until, _ = a.ctx.Deadline()
 	l.peer.link = l
 	if witness != nil && witness.Withheld() != nil {
 		m.eventOf(Warning, l.peer.ClusterID, "nothing was handed to a peer on the same host", witness.Withheld())

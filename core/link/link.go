@@ -134,6 +134,8 @@ type Config struct {
 	// goroutines, and each time makes descriptors anew, read-only where the peer is not to write: the link closes them when they have
 	// been sent. Where it fails, the link is made all the same, and Explain shows why nothing was handed over.
 	Gift func() (Gift, error)
+	// Card is what every peer is told in the handshake, at most MaxCardBytes, for the transports; the link does not look at it.
+	Card []byte
 	// Attach makes the session of a link that is about to be installed. It takes conns over, also where it returns an error. The
 	// session reports a broken data connection with p.Fail, which it may do before Attach has returned. When it fails there is no
 	// link, and the call that dialed gets the reason: the acceptor attaches first and refuses where it can't; where the dialer can't,
@@ -144,6 +146,9 @@ type Config struct {
 	// Event takes lines for the log. It must not block and must not call the Manager. nil: nobody listens.
 	Event func(Event)
 }
+
+// MaxCardBytes bounds Config.Card.
+const MaxCardBytes = 256
 
 // MaxDataConnections bounds the data connections of one link (design: 1 to 16).
 const MaxDataConnections = 16
@@ -159,12 +164,15 @@ type Attached struct {
 type Peer struct {
 	ClusterID      uint64
 	Incarnation    Incarnation
-	Address        string   // where it was dialed, or where its connection came from
-	Dialed         bool     // this end dialed
-	SameHost       bool     // shown, see Prover
-	SameHostReason string   // why it was not shown, or how it was
-	Witness        Witness  // what shows it, for Take and Pid; the link closes it. nil where it was not shown, and for a link to oneself
-	Transports     []string // what both ends can use, best first; one that is required is the only one
+	Address        string    // where it was dialed, or where its connection came from
+	Local          string    // this end of the control connection: "ip:port"
+	Dialed         bool      // this end dialed
+	Until          time.Time // when the call that dialed gives up; zero: never
+	Card           []byte    // what the other end says in its Config.Card
+	SameHost       bool      // shown, see Prover
+	SameHostReason string    // why it was not shown, or how it was
+	Witness        Witness   // what shows it, for Take and Pid; the link closes it. nil where it was not shown, and for a link to oneself
+	Transports     []string  // what both ends can use, best first; one that is required is the only one
 
 	link *Link
 }

@@ -103,6 +103,9 @@ func NewManager(cfg Config) (*Manager, error) {
 	if cfg.DataConnections < 0 || cfg.DataConnections > MaxDataConnections {
 		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "link: %d data connections", cfg.DataConnections)
 	}
+	if len(cfg.Card) > MaxCardBytes {
+		return nil, status.Newf(status.ParamInvalid, status.StageCheck, "link: a card of %d bytes", len(cfg.Card))
+	}
 	m := &Manager{
 		cfg:     cfg,
 		fds:     Descriptors{Track: cfg.Track, Untrack: cfg.Untrack},

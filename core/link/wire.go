@@ -132,6 +132,7 @@ type hello struct {
 	PatienceMillis  uint64   `cbor:"12,keyasint,omitempty"` // how long the end that dialed waits
 	PeerDeadMillis  uint64   `cbor:"13,keyasint,omitempty"` // how long this end lets a peer be silent; 0: for ever
 	Newest          uint64   `cbor:"14,keyasint,omitempty"` // view of the end that accepted
+	Card            []byte   `cbor:"15,keyasint,omitempty"` // of Config.Card
 }
 
 // view is what the end that doesn't decide tells the one that does: the number of the newest link that it has retired, and of the
@@ -234,6 +235,9 @@ func (h *hello) check(i intent) error {
 	}
 	if h.DataConnections > MaxDataConnections || h.Index >= MaxDataConnections {
 		return errors.New("hello: too many data connections")
+	}
+	if len(h.Card) > MaxCardBytes {
+		return errors.New("hello: what it says of itself is too long")
 	}
 	if len(h.Offers) > maxOffers || len(h.Required) > maxNameBytes {
 		return errors.New("hello: too many transports")
