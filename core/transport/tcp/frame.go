@@ -52,8 +52,12 @@ const (
 const (
 	headerBytes  = 32
 	trailerBytes = 8
-	// maxFrame bounds a data frame's payload (design §4), so that another caller's frame never waits for more.
-	maxFrame = 1 << 20
+	// maxFrame bounds a data frame's payload. Another caller's frame never waits for more: at the speed of loopback less than a
+	// millisecond.
+	maxFrame = 4 << 20
+	// farFrame bounds it where the path may be a wire, on which the wait would be that of a slow pull, and where a device copies the
+	// payload, which can't be called off.
+	farFrame = 1 << 20
 	// maxBody bounds the body of every other frame: what does not fit a control frame is LLM_PARAM_INVALID (spec §14 row 1).
 	maxBody = 4 << 20
 	// maxCause bounds the text that travels in a FAIL frame.

@@ -42,7 +42,7 @@ func TestDoneIsAnsweredAfterTheSourceHasHeardOfIt(t *testing.T) {
 	raw := newRaw(t, b[0])
 	o := newOwner(t)
 	s, _ := newSession(t, a, o)
-	src := newCache(t, plan.Contiguous, 1, 1, 4<<20)
+	src := newCache(t, plan.Contiguous, 1, 1, 4*maxFrame)
 	scratch, err := mem.NewBuffer(4096)
 	require.NoError(t, err)
 	keep(scratch)

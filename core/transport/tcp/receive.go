@@ -267,7 +267,7 @@ type batched interface {
 
 // Amounts that a receiver of large frames waits for. Woken by each packet it would take the core from the sender for 64 KiB at a time.
 const (
-	manyBytes = 256 << 10
+	manyBytes = 512 << 10
 	someBytes = 64 << 10
 )
 
@@ -342,7 +342,8 @@ func (l *lane) wantedData(spans []mem.Span) ([]mem.Span, *pull, error) {
 		if stage, err = rx.staged(); err != nil {
 			op.exit()
 		}
-		spans, covered = append(spans, mem.Span{Addr: stage, Bytes: rx.left}), rx.left
+		covered = min(rx.left, farFrame)
+		spans = append(spans, mem.Span{Addr: stage, Bytes: covered})
 	default:
 		spans, covered = op.stream.spans(spans, mem.MaxSpans-1, rx.arrived(), rx.left)
 	}

@@ -146,7 +146,7 @@ func (l *lane) stopSending() {
 }
 
 // pushBytes bounds what push sends: it runs on goroutines that have something else to do, such as receiving, or a caller's deadline.
-const pushBytes = 2 * maxFrame
+const pushBytes = 2 << 20
 
 // pump sends what there is: control frames first, then a chunk of each operation in turn. The caller holds sendMu.
 // Without block it ends with errWouldBlock where the connection takes no more, or has taken enough.

@@ -130,11 +130,15 @@ func (v *serve) prepare(h header, req *transport.Request) error {
 	(&header{kind: kindEntry, length: entryBytes, operation: v.id}).put(v.entry[:])
 	putEntry(v.entry[headerBytes:], &e)
 	v.expires = deadlineFrom(time.Now(), h.a).Add(leaseGrace)
-	v.chunk = maxFrame
+	most := v.session.frame
+	if v.stream.device != nil {
+		most = farFrame
+	}
+	v.chunk = most
 	if lanes := uint64(len(v.session.lanes)); v.total <= stripeAbove || h.flags&flagOneLane != 0 {
 		v.pinned = v.lane
 	} else {
-		v.chunk = min(maxFrame, max(leastChunk, (v.total/(2*lanes)+4095)&^4095))
+		v.chunk = min(most, max(leastChunk, (v.total/(2*lanes)+4095)&^4095))
 	}
 	return nil
 }

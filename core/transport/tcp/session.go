@@ -9,7 +9,8 @@
 // its own thread. A connection that has been idle is parked, so that threads belong to active connections only.
 //
 // The package never touches memory of an operation that has ended (rule 4), never keeps a lock while it waits for a peer, and never
-// holds up one caller's bytes for another's: frames are at most 1 MiB, and operations take turns.
+// holds up one caller's bytes for another's: frames are at most 1 MiB, 4 MiB on a path within the host, and operations
+// take turns.
 package tcp
 
 import (
@@ -51,6 +52,7 @@ type Session struct {
 	cfg   Config
 	lanes []*lane
 	spin  time.Duration
+	frame uint64 // bytes of a data frame that we send, at most
 
 	closing chan struct{} // closed when the session is ending, by shut
 	workers sync.WaitGroup
@@ -90,6 +92,7 @@ func NewSession(cfg Config) (*Session, error) {
 	if s.spin = cfg.Spin; s.spin == 0 {
 		s.spin = defaultSpin
 	}
+	s.frame = frameFor(cfg.Conns)
 	seats := seatsFor(cfg.Conns, runtime.NumCPU())
 	for i, conn := range cfg.Conns {
 		l, err := newLane(s, i, conn, seats[i])

@@ -8,10 +8,10 @@ import "github.com/llm-datadist-open/llm-datadist/core/mem"
 // from that; what is received for it lands in such a buffer, and each system call's bytes are copied to their place before the operation
 // is left. So all that is promised of memory in place holds for a device's too: whoever ends an operation waits for one copy, not for a peer.
 
-// staged returns where a side of a lane stages what is to go to or comes from a device: the address of maxFrame bytes.
+// staged returns where a side of a lane stages what is to go to or comes from a device: the address of farFrame bytes.
 func (a *active) staged() (uintptr, error) {
 	if a.stage == nil {
-		b, err := newBuffer(maxFrame)
+		b, err := newBuffer(farFrame)
 		if err != nil {
 			return 0, err
 		}
