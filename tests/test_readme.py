@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of README.md, run as they stand there, and the files and links that it names."""
+"""The programs of README.md and of the guide, run as they stand there, and the files and links that README.md names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from peers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"^```python\n(.*?)^```$", README + GUIDE, re.MULTILINE | re.DOTALL)
 
 DOCUMENTED = """\
 from llm_datadist import *
@@ -81,6 +82,11 @@ def test_documented_example_moves_the_row_once_and_then_prints_the_status(tmp_pa
     with prefill(tmp_path) as port:
         assert run(tmp_path, setup + DOCUMENTED, port) == []
         assert run(tmp_path, setup + DOCUMENTED, port) == ["LLMStatusCode.LLM_KV_CACHE_NOT_EXIST"]
+
+
+def test_program_of_the_guide_brings_bytes_to_a_device_and_back() -> None:
+    done = subprocess.run([sys.executable, "-c", block("# fill.py")], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0. 0. 2. 0.]\n", "")
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
