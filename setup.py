@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the Go engine into one extension module, llm_datadist._pyext.
+"""Builds the Go engine into one extension module, llm_datadist._pyext, and the C face of the vendor's library beside it.
 
-The recipe: gopy writes a C boundary for the Go package ``pyext``; Go compiles it once for its C header; the
+The recipe of the engine: gopy writes a C boundary for the Go package ``pyext``; Go compiles it once for its C header; the
 ``build.py`` that gopy wrote (pybindgen) writes the Python side in C; Go compiles both into one shared library.
 All of it happens in a temporary copy of the sources, so that a build leaves nothing behind in the tree.
+
+The face, libcann_face.so, is C++ and loaded only where DEVICE memory is that of NPUs. Where it can't be compiled the
+build says so and the wheel goes without it: everything else works.
 """
 
 import os
@@ -29,6 +32,10 @@ except ImportError:  # setuptools before 70.1
 ROOT = Path(__file__).resolve().parent
 GO_SOURCES = ("go.mod", "go.sum", "pyext", "core", "capi", "vendor")
 
+ENGINE, FACE = "llm_datadist._pyext", "llm_datadist.libcann_face"
+FACE_SOURCES = ROOT / "capi" / "cann" / "face"
+CXX_COMPILERS = ("g++", "c++")  # which are tried, in this order, where CXX names none
+
 # Without Python's link flags the module would look for libpython and carry an rpath; the interpreter that
 # loads it has every symbol already.
 CGO_LINE = re.compile(r"^#cgo .*\n", re.MULTILINE)
@@ -37,10 +44,10 @@ CGO_LINE = re.compile(r"^#cgo .*\n", re.MULTILINE)
 SHOWN_LINES = 40
 
 
-def run(command, cwd, env, what):
-    """Runs one step and returns what it printed; a failing step ends the build with that step's own words."""
+def run(command, cwd, env, what, given=""):
+    """Runs one step on what it is given and returns what it printed; one that fails raises with that step's own words."""
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=cwd, env=env, input=given, capture_output=True, text=True)
     except OSError as exc:
         raise PlatformError(f"{what}: cannot run {command[0]}: {exc.strerror}") from None
     if done.returncode:
@@ -131,11 +138,41 @@ def build_engine(target):
         shutil.copy2(boundary / "_pyext.so", target)
 
 
-class BuildEngine(build_ext):
-    """build_ext whose one extension is the Go engine."""
+def cxx_compiler():
+    """The C++ compiler as a command, or None where there is none."""
+    asked = os.environ.get("CXX")
+    for compiler in [shlex.split(asked)] if asked else [[name] for name in CXX_COMPILERS]:
+        if shutil.which(compiler[0]) is not None:
+            return compiler
+    return None
+
+
+def build_face(target):
+    """Writes libcann_face.so to the path target, as its Makefile does. Raises where that can't be done."""
+    left_out = f"this build goes without {target.name}, which only NPUs need"
+    compiler = cxx_compiler()
+    if compiler is None:
+        wanted = os.environ.get("CXX") or " or ".join(CXX_COMPILERS)
+        raise PlatformError(f"{left_out}: the C++ compiler is missing, {wanted} is not on PATH (install g++, or set CXX)")
+    # One translation unit: most of what there is to compile is the standard headers.
+    unit = "".join(f'#include "{source.name}"\n' for source in sorted(FACE_SOURCES.glob("*.cc")))
+    command = [*compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-I.", "-shared", "-s", "-Wl,-z,defs"]
+    command += ["-Wl,--version-script=exports.map", "-o", str(target), "-x", "c++", "-", "-ldl", "-pthread"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run(command, FACE_SOURCES, None, f"{left_out}: compiling it", unit)
+
+
+class BuildLibraries(build_ext):
+    """build_ext whose extensions are the Go engine, and a library that no interpreter imports: its name is that of a library."""
+
+    def get_ext_filename(self, fullname):
+        if fullname in (FACE, FACE.rpartition(".")[2]):  # it is asked for with and without the package
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext):
-        build_engine(Path(self.get_ext_fullpath(ext.name)).resolve())
+        build = build_face if ext.name == FACE else build_engine
+        build(Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
 class SourceWithVendor(sdist):
@@ -152,11 +189,11 @@ class SourceWithVendor(sdist):
 
 
 class WheelForGlibc(bdist_wheel):
-    """A wheel whose tag says which glibc the extension asks for (manylinux_2_X, PEP 600)."""
+    """A wheel whose tag says which glibc its libraries ask for (manylinux_2_X, PEP 600)."""
 
     def get_tag(self):
         python, abi, platform = super().get_tag()
-        built = sorted(Path(self.bdist_dir).glob("llm_datadist/_pyext*.so"))
+        built = sorted(Path(self.bdist_dir).glob("llm_datadist/*.so"))
         needed = max((newest_glibc(path) for path in built), default=None)
         if needed and platform.startswith("linux_"):
             platform = "manylinux_%d_%d_%s" % (*needed, platform[len("linux_"):])
@@ -170,6 +207,6 @@ def newest_glibc(library):
 
 
 setup(
-    ext_modules=[Extension("llm_datadist._pyext", sources=[])],
-    cmdclass={"build_ext": BuildEngine, "sdist": SourceWithVendor, "bdist_wheel": WheelForGlibc},
+    ext_modules=[Extension(ENGINE, sources=[]), Extension(FACE, sources=[], optional=True)],  # optional: a failure is a warning
+    cmdclass={"build_ext": BuildLibraries, "sdist": SourceWithVendor, "bdist_wheel": WheelForGlibc},
 )

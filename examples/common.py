@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples share: their processes, an engine, a link, and the memory of caches as numpy arrays.
+"""What the examples share: their processes, an engine, a link, numpy arrays, and how these get into DEVICE caches and back.
 
 The processes of an example tell each other what a serving framework sends by ways of its own (addresses, lists of blocks, "done")
 over the connections of multiprocessing; the KV cache itself moves through llm_datadist only.
@@ -7,7 +7,6 @@ over the connections of multiprocessing; the KV cache itself moves through llm_d
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import socket
 import sys
@@ -19,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_datadist import Cache, CacheDesc, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, LLMStatusCode
+from llm_datadist import Cache, CacheDesc, LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole, LLMStatusCode, Placement
+from llm_datadist.v2.cache_manager import CacheManager
 
+POOL = '{"memory_size": 67108864}'  # mem_pool_cfg: bytes of DEVICE memory that caches are allocated from
 _DEADLINE_SECONDS = 90
 
 # Processes are started anew and not forked: an engine does not live on in a forked child.
@@ -129,14 +130,36 @@ def addresses(arrays: list[np.ndarray]) -> list[int]:
     return [array.ctypes.data for array in arrays]
 
 
-def arrays_of(cache: Cache) -> list[np.ndarray]:
-    """Return the tensors of an allocated cache as arrays of float16 that are its memory."""
-    return arrays_at(cache.tensor_addrs, cache.cache_desc)
+def write(
+    manager: CacheManager, cache: Cache, arrays: list[np.ndarray], first: int = 0, blocks: Sequence[int] | None = None
+) -> None:
+    """Copy arrays into the tensors of a DEVICE cache from number first on: all blocks or rows of them, or those that are listed.
+
+    Only the engine can do that: DEVICE memory may be an NPU's, which this process can't touch.
+    """
+    host, device = _as_blocks(cache, arrays, first)
+    manager.swap_blocks(host, device, {block: block for block in (_every_block(cache) if blocks is None else blocks)})
 
 
-def arrays_at(addresses: Sequence[int], desc: CacheDesc) -> list[np.ndarray]:
-    memory = [(ctypes.c_uint8 * desc.size).from_address(address) for address in addresses]
-    return [np.frombuffer(tensor, np.float16).reshape(desc.shape) for tensor in memory]
+def read(manager: CacheManager, cache: Cache) -> list[np.ndarray]:
+    """Return a copy of what lies in a DEVICE cache."""
+    arrays = zeros(cache.cache_desc)
+    host, device = _as_blocks(cache, arrays, 0)
+    manager.swap_blocks(device, host, {block: block for block in _every_block(cache)})
+    return arrays
+
+
+def _every_block(cache: Cache) -> range:
+    return range(cache.cache_desc.shape[0])
+
+
+def _as_blocks(cache: Cache, arrays: list[np.ndarray], first: int) -> tuple[Cache, Cache]:
+    """Return arrays, and as many tensors of a cache, for swap_blocks. It goes by addresses alone, and takes rows for blocks."""
+    desc = cache.cache_desc
+    host = CacheDesc(len(arrays), desc.shape, desc.data_type, Placement.HOST)
+    device = CacheDesc(len(arrays), desc.shape, desc.data_type)
+    tensors = cache.tensor_addrs[first : first + len(arrays)]
+    return Cache.create_cpu_cache(host, addresses(arrays)), Cache(cache.cache_id, device, tensors, None, False, True)
 
 
 def verify(what: str, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pull a contiguous row into blocks: the prefill keeps a request in one piece, the decode process pages it.
 
-The row is cut into pieces as long as a block here; piece i goes to the i-th of the listed blocks.
+The row is cut into pieces as long as a block here; piece i goes to the i-th of the listed blocks. The row is HOST memory, the
+blocks are DEVICE memory.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from multiprocessing.connection import Connection
 
 import common
 
-from llm_datadist import CacheDesc, CacheKey, DataType, LLMRole
+from llm_datadist import CacheDesc, CacheKey, DataType, LLMRole, Placement
 
 PREFILL, DECODE = 1, 2  # cluster ids
 TENSORS, TOKENS, BLOCK_TOKENS, TOKEN = 8, 250, 16, (8, 64)
-ROW = CacheDesc(TENSORS, [1, TOKENS, *TOKEN], DataType.DT_FLOAT16)
+ROW = CacheDesc(TENSORS, [1, TOKENS, *TOKEN], DataType.DT_FLOAT16, Placement.HOST)
 BLOCKS = CacheDesc(TENSORS, [40, BLOCK_TOKENS, *TOKEN], DataType.DT_FLOAT16)
 
 
@@ -29,11 +30,11 @@ def prefill(decode: Connection) -> None:
 
 
 def decode(prefill: Connection) -> None:
-    engine = common.start_engine(LLMRole.DECODER, DECODE)
+    engine = common.start_engine(LLMRole.DECODER, DECODE, mem_pool_cfg=common.POOL)
     cluster = common.link(engine, PREFILL, prefill.recv())
     manager = engine.cache_manager
-    memory = common.zeros(BLOCKS)
-    cache = manager.register_blocks_cache(BLOCKS, common.addresses(memory))
+    cache = manager.allocate_blocks_cache(BLOCKS)
+    common.write(manager, cache, common.zeros(BLOCKS))
 
     table = list(range(30, 30 - -(-TOKENS // BLOCK_TOKENS), -1))  # 16 blocks, from block 30 downwards
     manager.pull_blocks(CacheKey(PREFILL, req_id=7), cache, dst_blocks=table)
@@ -43,9 +44,9 @@ def decode(prefill: Connection) -> None:
         for piece, block in enumerate(table):
             tokens = row[0, piece * BLOCK_TOKENS :][:BLOCK_TOKENS]  # the last piece is shorter
             tensor[block, : len(tokens)] = tokens
-    common.verify(f"a row of {TOKENS} tokens in {len(table)} blocks", memory, wanted)
+    common.verify(f"a row of {TOKENS} tokens in {len(table)} blocks", common.read(manager, cache), wanted)
 
-    manager.unregister_cache(cache.cache_id)
+    manager.deallocate_blocks_cache(cache)
     engine.unlink_clusters([cluster], timeout=5000)
     prefill.send("done")
     engine.finalize()

@@ -10,6 +10,9 @@ and generate the tokens that a single process generates:
 - by layers, pulled: each layer as soon as the prefill has finished it, while it computes the next ones;
 - by layers, pushed: the same by the prefill, with transfer_cache_async.
 
+The caches are DEVICE memory, which may be an NPU's. numpy computes on the host: a layer goes to the device when it is computed,
+and what was fetched comes to the host before it is used.
+
 The time to the first token counts from the request until the decode process has that token.
 """
 
@@ -30,7 +33,7 @@ from typing import NamedTuple
 import common
 import numpy as np
 
-from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LayerSynchronizer, LLMRole, TransferConfig
+from llm_datadist import BlocksCacheKey, Cache, CacheDesc, CacheKey, DataType, LayerSynchronizer, LLMRole, TransferConfig
 from llm_datadist.v2.cache_manager import CacheManager
 
 PREFILL, DECODE = 1, 2  # cluster ids
@@ -79,15 +82,19 @@ class KV:
         """Store keys and values of the tokens from start on, [tokens, KV heads, head dim]."""
         positions = np.arange(start, start + len(keys))
         pages, offsets = self._table[positions // self._page], positions % self._page
-        for tensor, new in zip(self._tensors[2 * layer :], (keys, values)):
+        for tensor, new in zip(self.layer(layer), (keys, values)):
             tensor[pages, offsets] = new
 
     def read(self, layer: int, count: int) -> list[np.ndarray]:
         """Return keys and values of the first count tokens, [KV heads, tokens, head dim]."""
         return [
             tensor[self._table].reshape(-1, KV_HEADS, HEAD_DIM)[:count].transpose(1, 0, 2).astype(np.float32)
-            for tensor in self._tensors[2 * layer : 2 * layer + 2]
+            for tensor in self.layer(layer)
         ]
+
+    def layer(self, layer: int) -> list[np.ndarray]:
+        """Return the tensors of a layer."""
+        return self._tensors[2 * layer : 2 * layer + 2]
 
     def content(self, count: int) -> bytes:
         """Return the bytes of the first count tokens of all tensors, wherever their pages are."""
@@ -221,10 +228,8 @@ class Worker:
         """Compute into a row that the request's key names."""
         row = self._manager.allocate_cache(self._sizes.row(), [CacheKey(PREFILL, req_id=request)])
         self._decode.send(request)
-        kv = KV(common.arrays_of(row), [0])
-        self._compute(prompt, kv)
+        computed = self._compute(prompt, row, [0])
         self._decode.recv()  # pulled, by which the key was released
-        computed = digest(kv.content(len(prompt) - 1))
         self._manager.deallocate_cache(row)
         return computed
 
@@ -232,9 +237,7 @@ class Worker:
         """Compute into pages, which the decode process is told."""
         table = pages_of(request, self._sizes, self._paged.cache_desc)
         self._decode.send(table)
-        kv = KV(common.arrays_of(self._paged), table)
-        self._compute(prompt, kv)
-        return digest(kv.content(len(prompt) - 1))
+        return self._compute(prompt, self._paged, table)
 
     def pushed(self, request: int, prompt: list[int]) -> str:
         """Compute into pages, and push each layer to where the decode process wants it."""
@@ -250,17 +253,22 @@ class Worker:
             dst_block_indices=pages,
             dst_block_memory_size=desc.size // desc.shape[0],
         )
-        kv = KV(common.arrays_of(self._paged), table)
-        self._compute(prompt, kv, progress.finish)
+        computed = self._compute(prompt, self._paged, table, progress.finish)
         self._decode.send(task.synchronize())
-        return digest(kv.content(len(prompt) - 1))
+        return computed
 
-    def _compute(self, prompt: list[int], kv: KV, finished: Callable[[int], None] = lambda layer: None) -> None:
-        def tell(layer: int) -> None:
+    def _compute(
+        self, prompt: list[int], cache: Cache, table: list[int], finished: Callable[[int], None] = lambda layer: None
+    ) -> str:
+        kv = KV(common.zeros(cache.cache_desc), table)
+
+        def hand_over(layer: int) -> None:
+            common.write(self._manager, cache, kv.layer(layer), first=2 * layer, blocks=table)
             finished(layer)
             self._decode.send(("finished", layer))
 
-        self._model.forward(prompt[:-1], 0, kv, tell)
+        self._model.forward(prompt[:-1], 0, kv, hand_over)
+        return digest(kv.content(len(prompt) - 1))
 
 
 def prefill(decode: Connection, sizes: Sizes) -> None:
@@ -291,20 +299,20 @@ class Fetcher:
         request = self._prefill.recv()
         self._after(self._sizes.layers - 1, lambda: self._manager.pull_cache(CacheKey(PREFILL, req_id=request), self._row))
         self._prefill.send("pulled")
-        return KV(common.arrays_of(self._row), [0])
+        return self._on_host(self._row, [0])
 
     def by_blocks(self) -> KV:
         """Pull the pages when all are computed."""
         theirs = self._prefill.recv()
         key = BlocksCacheKey(PREFILL)
         self._after(self._sizes.layers - 1, lambda: self._manager.pull_blocks(key, self._paged, theirs, self._table))
-        return KV(common.arrays_of(self._paged), self._table)
+        return self._on_host(self._paged, self._table)
 
     def pushed(self) -> KV:
         """Have the prefill push the pages of each layer when that is computed."""
         self._prefill.send((self._paged.tensor_addrs, self._table))
         self._after(self._sizes.layers - 1, self._prefill.recv)
-        return KV(common.arrays_of(self._paged), self._table)
+        return self._on_host(self._paged, self._table)
 
     def by_layers(self) -> KV:
         """Pull the pages of each layer when that is computed."""
@@ -314,7 +322,10 @@ class Fetcher:
             only = range(layer, layer + 1)
             pull = partial(self._manager.pull_blocks, key, self._paged, theirs, self._table)
             self._after(layer, partial(pull, src_layer_range=only, dst_layer_range=only))
-        return KV(common.arrays_of(self._paged), self._table)
+        return self._on_host(self._paged, self._table)
+
+    def _on_host(self, cache: Cache, table: list[int]) -> KV:
+        return KV(common.read(self._manager, cache), table)
 
     def _after(self, layer: int, transfer: Callable[[], object]) -> None:
         while self._prefill.recv() != ("finished", layer):
@@ -326,8 +337,8 @@ class Fetcher:
     def clear(self) -> None:
         """Leave nothing in the caches that could be taken for the next prompt's."""
         for cache in (self._row, self._paged):
-            for tensor in common.arrays_of(cache):
-                tensor.fill(np.nan)
+            nothing = [np.full(cache.cache_desc.shape, np.nan, np.float16) for _ in range(cache.cache_desc.num_tensors)]
+            common.write(self._manager, cache, nothing)
 
 
 class Result(NamedTuple):

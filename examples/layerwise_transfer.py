@@ -2,8 +2,8 @@
 """Transfer layer by layer while the model computes: transfer_cache_async with a LayerSynchronizer.
 
 The prefill process computes a layer on its "device" (a thread that takes its time), and what is computed goes out while the next
-layer is under way. The decode process has told the addresses and the blocks that it wants; they lie within a cache that it has
-registered.
+layer is under way. The decode process has told the addresses and the blocks that it wants; they lie within a cache of its own.
+Both caches are DEVICE memory.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from multiprocessing.connection import Connection
 
 import common
-import numpy as np
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LayerSynchronizer, LLMRole, LLMStatusCode, TransferConfig
+from llm_datadist import BlocksCacheKey, Cache, CacheDesc, DataType, LayerSynchronizer, LLMRole, LLMStatusCode, TransferConfig
+from llm_datadist.v2.cache_manager import CacheManager
 
 PREFILL, DECODE = 1, 2  # cluster ids
 LAYERS, BLOCK = 8, (16, 8, 64)  # tokens, heads and dimensions of a head in a block
@@ -30,8 +30,8 @@ LAYER_SECONDS = 0.02
 class Device(LayerSynchronizer):
     """Computes layer after layer, and lets others wait for one as for an event of an accelerator's stream."""
 
-    def __init__(self, tensors: list[np.ndarray]) -> None:
-        self._tensors = tensors
+    def __init__(self, manager: CacheManager, cache: Cache) -> None:
+        self._manager, self._cache = manager, cache
         self._finished = [threading.Event() for _ in range(LAYERS)]
         self._thread = threading.Thread(target=self._compute)
         self.last_at = 0.0  # when the last layer was finished
@@ -43,8 +43,7 @@ class Device(LayerSynchronizer):
         content = common.random_kv(HERE, seed=1)
         for layer, event in enumerate(self._finished):
             time.sleep(LAYER_SECONDS)  # the work
-            for tensor in (2 * layer, 2 * layer + 1):
-                self._tensors[tensor][:] = content[tensor]
+            common.write(self._manager, self._cache, content[2 * layer : 2 * layer + 2], first=2 * layer)
             self.last_at = time.perf_counter()
             event.set()
 
@@ -55,14 +54,13 @@ class Device(LayerSynchronizer):
 
 
 def prefill(decode: Connection) -> None:
-    engine = common.start_engine(LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0")
+    engine = common.start_engine(LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg=common.POOL)
     manager = engine.cache_manager
-    memory = common.zeros(HERE)
-    cache = manager.register_blocks_cache(HERE, common.addresses(memory), BlocksCacheKey(PREFILL))
+    cache = manager.allocate_blocks_cache(HERE, BlocksCacheKey(PREFILL))
     decode.send(engine.listen_address)
     addresses = decode.recv()  # the decode process has linked
 
-    device = Device(memory)
+    device = Device(manager, cache)
     device.launch()
     task = manager.transfer_cache_async(
         cache,
@@ -79,22 +77,23 @@ def prefill(decode: Connection) -> None:
     print(f"the transfer of {LAYERS} layers ended {behind * 1e3:.1f} ms after the last of them was computed")
     decode.send("transferred")
     decode.recv()
-    manager.unregister_cache(cache.cache_id)  # before the arrays go
+    manager.deallocate_blocks_cache(cache)
     engine.finalize()
 
 
 def decode(prefill: Connection) -> None:
-    engine = common.start_engine(LLMRole.DECODER, DECODE)
-    memory = common.zeros(THERE)
-    engine.cache_manager.register_blocks_cache(THERE, common.addresses(memory))
+    engine = common.start_engine(LLMRole.DECODER, DECODE, mem_pool_cfg=common.POOL)
+    manager = engine.cache_manager
+    cache = manager.allocate_blocks_cache(THERE)
+    common.write(manager, cache, common.zeros(THERE))
     cluster = common.link(engine, PREFILL, prefill.recv())
-    prefill.send(common.addresses(memory))
+    prefill.send(cache.tensor_addrs)
     prefill.recv()
 
     wanted = common.zeros(THERE)
     for tensor, source in zip(wanted, common.random_kv(HERE, seed=1)):
         tensor[TARGET] = source[SOURCE]
-    common.verify(f"{len(SOURCE)} blocks of {LAYERS} layers", memory, wanted)
+    common.verify(f"{len(SOURCE)} blocks of {LAYERS} layers", common.read(manager, cache), wanted)
     engine.unlink_clusters([cluster], timeout=5000)
     prefill.send("done")
     engine.finalize()

@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 
 import common
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMDataDist, LLMRole, RegisterMemStatus
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMDataDist, LLMRole, Placement, RegisterMemStatus
 
 PREFILL, DECODE = 1, 2  # cluster ids
-DESC = CacheDesc(8, [32, 16, 8, 64], DataType.DT_FLOAT16)
+DESC = CacheDesc(8, [32, 16, 8, 64], DataType.DT_FLOAT16, Placement.HOST)
 SRC, DST = [3, 4, 5, 30], [0, 31, 7, 8]  # blocks
 RANKS = {PREFILL: 0, DECODE: 1}
 TABLE = json.dumps(

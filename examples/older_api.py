@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The older API, llm_datadist_v1: a prompt that listens and binds keys, and a decoder that links and pulls.
 
-Caches live in memory of the engine's own, of which ge.flowGraphMemMaxSize says how much there is. A pull releases its key, and
+Caches live in DEVICE memory of the engine's, of which ge.flowGraphMemMaxSize says how much there is. A pull releases its key, and
 with the last one the memory of a cache that was deallocated.
 """
 
@@ -19,12 +19,14 @@ from llm_datadist_v1 import (
     CacheKey,
     DataType,
     KvCache,
+    KvCacheManager,
     LLMClusterInfo,
     LLMConfig,
     LLMDataDist,
     LLMException,
     LLMRole,
     LLMStatusCode,
+    Placement,
 )
 
 PROMPT, DECODER = 0, 0  # cluster ids; in this API both ends may have the same
@@ -46,9 +48,22 @@ def start(role: LLMRole, cluster_id: int, listen: str | None = None) -> LLMDataD
     return engine
 
 
-def arrays_of(cache: KvCache) -> list[np.ndarray]:
-    """Return the tensors on the first device as arrays that are its memory."""
-    return common.arrays_at(cache.per_device_tensor_addrs[0], cache.cache_desc)
+def write(manager: KvCacheManager, cache: KvCache, arrays: list[np.ndarray]) -> None:
+    """Copy arrays into a cache. swap_blocks calls rows blocks too."""
+    manager.swap_blocks(on_host(cache.cache_desc, arrays), cache, {block: block for block in range(cache.cache_desc.shape[0])})
+
+
+def read(manager: KvCacheManager, cache: KvCache) -> list[np.ndarray]:
+    """Return a copy of what lies in a cache."""
+    arrays = common.zeros(cache.cache_desc)
+    manager.swap_blocks(cache, on_host(cache.cache_desc, arrays), {block: block for block in range(cache.cache_desc.shape[0])})
+    return arrays
+
+
+def on_host(desc: CacheDesc, arrays: list[np.ndarray]) -> KvCache:
+    return KvCache.create_cpu_cache(
+        CacheDesc(desc.num_tensors, desc.shape, desc.data_type, Placement.HOST), common.addresses(arrays)
+    )
 
 
 def prompt(decoder: Connection) -> None:
@@ -58,8 +73,7 @@ def prompt(decoder: Connection) -> None:
     rows = manager.allocate_cache(ROWS, [CacheKey(PROMPT, req_id=1), CacheKey(PROMPT, req_id=2)])
     blocks = manager.allocate_blocks_cache(BLOCKS, BlocksCacheKey(PROMPT, model_id=1))
     for cache, seed in ((rows, 1), (blocks, 2)):
-        for tensor, content in zip(arrays_of(cache), common.random_kv(cache.cache_desc, seed)):
-            tensor[:] = content
+        write(manager, cache, common.random_kv(cache.cache_desc, seed))
     decoder.send(address)
     decoder.recv()
     manager.deallocate_cache(rows)
@@ -84,7 +98,7 @@ def decoder(prompt: Connection) -> None:
     rows = manager.allocate_cache(ROWS)
     manager.pull_cache(CacheKey(PROMPT, req_id=2), rows, 0)
     manager.pull_cache(CacheKey(PROMPT, req_id=1), rows, 1)
-    common.verify("two rows, exchanged", arrays_of(rows), [tensor[::-1] for tensor in common.random_kv(ROWS, seed=1)])
+    common.verify("two rows, exchanged", read(manager, rows), [tensor[::-1] for tensor in common.random_kv(ROWS, seed=1)])
     try:
         manager.pull_cache(CacheKey(PROMPT, req_id=1), rows, 0)
     except LLMException as exe:
@@ -95,13 +109,13 @@ def decoder(prompt: Connection) -> None:
         sys.exit("a released key was pulled again")
 
     blocks = manager.allocate_blocks_cache(BLOCKS)
-    wanted = [tensor.copy() for tensor in arrays_of(blocks)]
+    wanted = read(manager, blocks)
     manager.pull_blocks(BlocksCacheKey(PROMPT, model_id=1), blocks, SRC, DST)
     manager.copy_blocks(blocks, {DST[0]: [1, 2]})
     for tensor, source in zip(wanted, common.random_kv(BLOCKS, seed=2)):
         tensor[DST] = source[SRC]
         tensor[[1, 2]] = source[SRC[0]]
-    common.verify("four blocks, and two copies of the first", arrays_of(blocks), wanted)
+    common.verify("four blocks, and two copies of the first", read(manager, blocks), wanted)
 
     manager.deallocate_cache(rows)
     manager.deallocate_cache(blocks)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pull caches of blocks, as paged attention keeps them: from one prefill process into one decode process; --many: from 2 into 3.
 
-Every process registers one cache of blocks. A sequence has blocks anywhere in it, others in the decode process than in the
-prefill, and the two caches have different numbers of blocks. Pulls never release the key of a cache of blocks.
+Every process registers one cache of blocks, numpy arrays, which are HOST memory. A sequence has blocks anywhere in it, others in
+the decode process than in the prefill, and the two caches have different numbers of blocks. Pulls never release the key of a
+cache of blocks.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from multiprocessing.connection import Connection
 import common
 import numpy as np
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole, Placement
 
 TENSORS, BLOCK = 8, (16, 8, 64)  # 4 layers of K and V; tokens, heads and dimensions of a head in a block
 PREFILL_BLOCKS, DECODE_BLOCKS = 96, 64
+HERE = CacheDesc(TENSORS, [PREFILL_BLOCKS, *BLOCK], DataType.DT_FLOAT16, Placement.HOST)  # a prefill's cache
+THERE = CacheDesc(TENSORS, [DECODE_BLOCKS, *BLOCK], DataType.DT_FLOAT16, Placement.HOST)
 PREFILLS_AT, DECODES_AT = 1, 101  # cluster ids of the first of each kind
 
 
 def prefill(number: int, decodes: list[Connection]) -> None:
     cluster_id = PREFILLS_AT + number
     engine = common.start_engine(LLMRole.PROMPT, cluster_id, listen_ip_info="127.0.0.1:0")
-    desc = CacheDesc(TENSORS, [PREFILL_BLOCKS, *BLOCK], DataType.DT_FLOAT16)
-    memory = common.random_kv(desc, seed=cluster_id)
-    cache = engine.cache_manager.register_blocks_cache(desc, common.addresses(memory), BlocksCacheKey(cluster_id))
+    memory = common.random_kv(HERE, seed=cluster_id)
+    cache = engine.cache_manager.register_blocks_cache(HERE, common.addresses(memory), BlocksCacheKey(cluster_id))
     for decode in decodes:
         decode.send(engine.listen_address)
     for decode in decodes:
@@ -37,11 +39,10 @@ def prefill(number: int, decodes: list[Connection]) -> None:
 def decode(number: int, prefills: list[Connection]) -> None:
     engine = common.start_engine(LLMRole.DECODER, DECODES_AT + number)
     clusters = [common.link(engine, PREFILLS_AT + each, prefill.recv()) for each, prefill in enumerate(prefills)]
-    desc = CacheDesc(TENSORS, [DECODE_BLOCKS, *BLOCK], DataType.DT_FLOAT16)
-    memory = common.zeros(desc)
-    wanted = common.zeros(desc)
+    memory = common.zeros(THERE)
+    wanted = common.zeros(THERE)
     manager = engine.cache_manager
-    cache = manager.register_blocks_cache(desc, common.addresses(memory))
+    cache = manager.register_blocks_cache(THERE, common.addresses(memory))
 
     # Sequence i comes from prefill i: which blocks it has there and which here, the schedulers would tell.
     random = np.random.default_rng(number)
@@ -50,8 +51,7 @@ def decode(number: int, prefills: list[Connection]) -> None:
         src = random.permutation(PREFILL_BLOCKS)[:24]
         dst = free[24 * each : 24 * (each + 1)]
         manager.pull_blocks(BlocksCacheKey(PREFILLS_AT + each), cache, src, dst)
-        sent = common.random_kv(CacheDesc(TENSORS, [PREFILL_BLOCKS, *BLOCK], DataType.DT_FLOAT16), seed=PREFILLS_AT + each)
-        for tensor, source in zip(wanted, sent):
+        for tensor, source in zip(wanted, common.random_kv(HERE, seed=PREFILLS_AT + each)):
             tensor[dst] = source[src]
     common.verify(f"decode {number}: 24 blocks of each of {len(prefills)} prefills", memory, wanted)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pull contiguous caches: by key, by cache id, and some layers of one.
 
-The prefill process allocates a cache of two rows from its pool, one row for each request. The decode process registers memory
-of its own and pulls a row into it. A pull by key releases the key of an allocated cache: the request has moved.
+The prefill process allocates a cache of two rows from its pool, one row for each request. The decode process registers numpy
+arrays, which are HOST memory, and pulls a row into them. A pull by key releases the key of an allocated cache: the request has
+moved.
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ from multiprocessing.connection import Connection
 
 import common
 
-from llm_datadist import CacheDesc, CacheKey, CacheKeyByIdAndIndex, DataType, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import (
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    DataType,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    Placement,
+)
 
 PREFILL, DECODE = 1, 2  # cluster ids
 LAYERS = 4
 ROWS = CacheDesc(2 * LAYERS, [2, 256, 8, 64], DataType.DT_FLOAT16)  # K and V: requests, tokens, heads, dimensions of a head
-ROW = CacheDesc(2 * LAYERS, [1, 256, 8, 64], DataType.DT_FLOAT16)
+ROW = CacheDesc(2 * LAYERS, [1, 256, 8, 64], DataType.DT_FLOAT16, Placement.HOST)
 
 
 def prefill(decode: Connection) -> None:
-    engine = common.start_engine(
-        LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg='{"memory_size": 67108864}'
-    )
+    engine = common.start_engine(LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg=common.POOL)
     manager = engine.cache_manager
     cache = manager.allocate_cache(ROWS, [CacheKey(PREFILL, req_id=10), CacheKey(PREFILL, req_id=11)])
-    for tensor, content in zip(common.arrays_of(cache), common.random_kv(ROWS, seed=1)):
-        tensor[:] = content
+    common.write(manager, cache, common.random_kv(ROWS, seed=1))
     decode.send((engine.listen_address, cache.cache_id))
     decode.recv()  # the decode process has all it wants
     manager.deallocate_cache(cache)

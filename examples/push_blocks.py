@@ -2,7 +2,7 @@
 """Push blocks: the prefill process puts a sequence's blocks where the decode process wants them, from several threads at once.
 
 Pushes by key need one-sided mode (enable_remote_cache_accessible) at both ends. The decode process has linked; the prefill pushes
-over that link. When a push has returned, its bytes are there.
+over that link, from its device to HOST memory there. When a push has returned, its bytes are there.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from multiprocessing.connection import Connection
 import common
 import numpy as np
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMRole, Placement
 
 PREFILL, DECODE = 1, 2  # cluster ids
 TENSORS, BLOCK = 8, (16, 8, 64)  # 4 layers of K and V; tokens, heads and dimensions of a head in a block
 HERE = CacheDesc(TENSORS, [96, *BLOCK], DataType.DT_FLOAT16)  # the prefill's cache
-THERE = CacheDesc(TENSORS, [64, *BLOCK], DataType.DT_FLOAT16)
+THERE = CacheDesc(TENSORS, [64, *BLOCK], DataType.DT_FLOAT16, Placement.HOST)
 THREADS, SEQUENCES, SEQUENCE_BLOCKS = 4, 8, 6
 
 
@@ -30,11 +30,11 @@ def sequences(seed: int, desc: CacheDesc) -> list[np.ndarray]:
 
 def prefill(decode: Connection) -> None:
     engine = common.start_engine(
-        LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", enable_remote_cache_accessible=True
+        LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg=common.POOL, enable_remote_cache_accessible=True
     )
     manager = engine.cache_manager
-    memory = common.random_kv(HERE, seed=1)
-    cache = manager.register_blocks_cache(HERE, common.addresses(memory), BlocksCacheKey(PREFILL), remote_accessible=True)
+    cache = manager.allocate_blocks_cache(HERE)
+    common.write(manager, cache, common.random_kv(HERE, seed=1))
     decode.send(engine.listen_address)
     wanted_at = decode.recv()  # the decode process has linked
 
@@ -45,7 +45,7 @@ def prefill(decode: Connection) -> None:
         list(pool.map(push, sequences(1, HERE), wanted_at))
     decode.send("pushed")
     decode.recv()
-    manager.unregister_cache(cache.cache_id)  # before the arrays go
+    manager.deallocate_blocks_cache(cache)
     engine.finalize()
 
 

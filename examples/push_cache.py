@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Push a contiguous cache: the prefill process puts rows into caches that the decode process has registered.
+"""Push a contiguous cache: the prefill process puts rows into a cache of the decode process. Both lie on the device.
 
 Pushes by cache id need one-sided mode (enable_remote_cache_accessible) at both ends. It does not matter which end has linked:
 here it is the decode process, and the prefill pushes over that link.
@@ -20,11 +20,11 @@ ROWS = CacheDesc(2 * LAYERS, [2, 256, 8, 64], DataType.DT_FLOAT16)  # K and V: r
 
 def prefill(decode: Connection) -> None:
     engine = common.start_engine(
-        LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", enable_remote_cache_accessible=True
+        LLMRole.PROMPT, PREFILL, listen_ip_info="127.0.0.1:0", mem_pool_cfg=common.POOL, enable_remote_cache_accessible=True
     )
     manager = engine.cache_manager
-    memory = common.random_kv(ROWS, seed=1)
-    cache = manager.register_cache(ROWS, common.addresses(memory), remote_accessible=True)
+    cache = manager.allocate_cache(ROWS)
+    common.write(manager, cache, common.random_kv(ROWS, seed=1))
     decode.send(engine.listen_address)
     cache_id = decode.recv()  # the decode process has linked
 
@@ -39,15 +39,15 @@ def prefill(decode: Connection) -> None:
     )
     decode.send("pushed")
     decode.recv()
-    manager.unregister_cache(cache.cache_id)  # before the arrays go
+    manager.deallocate_cache(cache)
     engine.finalize()
 
 
 def decode(prefill: Connection) -> None:
-    engine = common.start_engine(LLMRole.DECODER, DECODE, enable_remote_cache_accessible=True)
+    engine = common.start_engine(LLMRole.DECODER, DECODE, mem_pool_cfg=common.POOL, enable_remote_cache_accessible=True)
     manager = engine.cache_manager
-    memory = common.zeros(ROWS)
-    cache = manager.register_cache(ROWS, common.addresses(memory), remote_accessible=True)
+    cache = manager.allocate_cache(ROWS)
+    common.write(manager, cache, common.zeros(ROWS))
     cluster = common.link(engine, PREFILL, prefill.recv())
     prefill.send(cache.cache_id)
     prefill.recv()
@@ -58,7 +58,7 @@ def decode(prefill: Connection) -> None:
         wanted[tensor][1] = sent[tensor][0]
     for tensor in range(4):
         wanted[4 + tensor][0] = sent[tensor][1]
-    common.verify("a row, and two layers of another one", memory, wanted)
+    common.verify("a row, and two layers of another one", common.read(manager, cache), wanted)
     engine.unlink_clusters([cluster], timeout=5000)
     prefill.send("done")
     engine.finalize()

@@ -10,10 +10,10 @@ from multiprocessing.connection import Connection
 
 import common
 
-from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMConfig, LLMDataDist, LLMRole
+from llm_datadist import BlocksCacheKey, CacheDesc, DataType, LLMConfig, LLMDataDist, LLMRole, Placement
 
 FIRST, SECOND = 1, 2  # cluster ids
-DESC = CacheDesc(8, [32, 16, 8, 64], DataType.DT_FLOAT16)
+DESC = CacheDesc(8, [32, 16, 8, 64], DataType.DT_FLOAT16, Placement.HOST)
 MOVED = list(range(8, 24))  # blocks
 
 

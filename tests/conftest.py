@@ -19,7 +19,7 @@ from llm_datadist import LLMDataDist, _native
 from llm_datadist.utils import log
 from peers import End, Peer, wait_until
 
-pytest_plugins = ["older", "parity"]
+pytest_plugins = ["natives", "older", "parity"]
 
 hypothesis.settings.register_profile("tests", deadline=None)  # how long an example takes is the machine's affair
 hypothesis.settings.load_profile("tests")

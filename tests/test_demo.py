@@ -16,14 +16,9 @@ import pytest
 
 from llm_datadist.cli import children, demo, main
 from llm_datadist.cli.pattern import REST, Expectation, Pattern
+from programs import DEMO, SMALL, run_demo
 
-SMALL = ["--tokens", "64", "--layers", "4"]
-COMMAND = [sys.executable, "-m", "llm_datadist", "demo"]
 NOT_EXIST = "LLMStatusCode.LLM_KV_CACHE_NOT_EXIST"
-
-
-def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=100)
 
 
 def rows_of(output: str) -> dict[str, list[str]]:
@@ -80,7 +75,7 @@ def test_demo_that_cannot_link_in_time_says_so_and_fails() -> None:
 
 
 def test_no_process_of_a_killed_demo_stays() -> None:
-    running = subprocess.Popen(COMMAND + SMALL, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(DEMO + SMALL, stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None
     pids = []
     for line in running.stdout:

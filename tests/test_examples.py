@@ -4,40 +4,22 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SHARED = "common.py"
-PROGRAMS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != SHARED)
-
-# Options that the plain run of an example leaves out, and smaller sizes where the default ones take seconds.
-OPTIONS = {
-    "pull_blocks.py": [[], ["--many"]],
-    "disaggregated_generation.py": [["--layers", "3", "--prompt", "100", "--generate", "6"]],
-}
-CASES = [(name, options) for name in PROGRAMS for options in OPTIONS.get(name, [[]])]
+from programs import EXAMPLE_NAMES, EXAMPLE_RUNS, EXAMPLES, run_example, run_program
 
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100, cwd=cwd)
-
-
-@pytest.mark.parametrize(("name", "options"), CASES, ids=[" ".join([name, *options]) for name, options in CASES])
+@pytest.mark.parametrize(("name", "options"), EXAMPLE_RUNS, ids=EXAMPLE_NAMES)
 def test_an_example_verifies_what_it_moves(name: str, options: list[str], tmp_path: Path) -> None:
-    done = run(EXAMPLES / name, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"{name}: everything was verified"
-    assert re.search(r"[1-9][\d,]* bytes verified$", done.stdout, re.MULTILINE), done.stdout
-    assert done.stderr == ""
+    run_example(name, options, tmp_path)
 
 
 def test_tokens_do_not_depend_on_where_the_kv_cache_was_computed(tmp_path: Path) -> None:
     """Each way is in the table, and each table row says so."""
-    done = run(EXAMPLES / "disaggregated_generation.py", "--layers", "2", "--prompt", "40", "--generate", "4", cwd=tmp_path)
+    small = ["--layers", "2", "--prompt", "40", "--generate", "4"]
+    done = run_program(EXAMPLES / "disaggregated_generation.py", *small, cwd=tmp_path)
     ways = re.findall(r"^(.+?) {2,}.* as one process$", done.stdout, re.MULTILINE)
     assert ways == ["one process", "whole", "by blocks", "by layers, pulled", "by layers, pushed"], done.stdout + done.stderr
     # 3 prompts of 39 tokens; keys and values of 2 layers; 2 heads of 32 numbers of 2 bytes
@@ -68,7 +50,7 @@ def test_an_example_with_a_fault_in_one_process_fails_and_leaves_no_other(fault:
         "def other(peer):\n    signal.pause()\n"
         "if __name__ == '__main__':\n    common.run(one, other)\n"
     )
-    done = run(program, cwd=tmp_path)
+    done = run_program(program, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert "verified" not in done.stdout
     assert done.stderr.splitlines()[-1] == "faulty.py: FAILED"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C face of the vendor's library (capi/cann/face), against a stand-in that was written from its documentation alone.
 
-Face and stand-in are compiled here, for both C++ string ABIs. All but the checks of what was compiled happens in processes
+Face and stand-in are compiled for both C++ string ABIs (natives.py). All but the checks of what was compiled happens in processes
 of their own: libraries that were loaded stay loaded.
 """
 
@@ -41,12 +41,8 @@ from native_face import (
     RemoteSide,
     remote_side,
 )
+from natives import ABIS, FACE_SOURCES, ROOT, STANDIN_SOURCES, finish, make
 from peers import Peer, free_port, pattern
-
-ROOT = Path(__file__).resolve().parent.parent
-FACE_SOURCES = ROOT / "capi" / "cann" / "face"
-STANDIN_SOURCES = ROOT / "tests" / "native"
-ABIS = ("0", "1")
 
 FAILED, NOT_EXIST, PARAM_INVALID, NOT_YET_LINK, ALREADY_LINK = 0xFFFFFFFF, 0x5010B002, 0x5010B005, 0x5010B007, 0x5010B008
 LINK_FAILED, UNLINK_FAILED, EXIST_LINK, NOT_ENABLED, TIMEOUT = 0x5010B009, 0x5010B00A, 0x5010B018, 0x5010B019, 0x5010B01A
@@ -124,46 +120,10 @@ VENDOR_NAMES = re.compile(r"(llm_datadist::|ge::|acl)")
 SERVER, CLIENT, VICTIM = 11, 12, 13
 
 
-class Built(NamedTuple):
-    """Face and stand-in of each C++ string ABI."""
-
-    faces: dict[str, Path]
-    libraries: dict[str, Path]
-
-
-def make(sources: Path, out: Path, abi: str, *more: str) -> subprocess.Popen[str]:
-    out.mkdir(parents=True, exist_ok=True)
-    command = ["make", "-s", "-C", str(sources), f"OUT={out}", f"CXX11_ABI={abi}", "CXXFLAGS=-O0", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*builds: subprocess.Popen[str]) -> None:
-    for build in builds:
-        output, _ = build.communicate()
-        assert build.returncode == 0, output
-
-
+# What most tests use: our default ABI; the stand-in has that of the vendor's own consumers.
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("native")
-    faces = {abi: folder / f"face{abi}" / "libcann_face.so" for abi in ABIS}
-    libraries = {abi: folder / f"standin{abi}" for abi in ABIS}
-    finish(
-        *(make(FACE_SOURCES, faces[abi].parent, abi) for abi in ABIS),
-        *(make(STANDIN_SOURCES, libraries[abi], abi) for abi in ABIS),
-    )
-    return Built(faces, libraries)
-
-
-# What most tests use: our default ABI, and that of the vendor's own consumers.
-@pytest.fixture(scope="module")
-def face(built: Built) -> Path:
-    return built.faces["1"]
-
-
-@pytest.fixture(scope="module")
-def libraries(built: Built) -> Path:
-    return built.libraries["0"]
+def face(faces: dict[str, Path]) -> Path:
+    return faces["1"]
 
 
 @pytest.fixture(scope="module")
@@ -224,16 +184,16 @@ def symbols(*args: str) -> list[str]:
 
 
 @pytest.mark.parametrize("abi", ABIS)
-def test_stand_in_exports_exactly_the_documented_names(built: Built, abi: str) -> None:
+def test_stand_in_exports_exactly_the_documented_names(standins: dict[str, Path], abi: str) -> None:
     for library, wanted in EXPORTS.items():
-        names = symbols("-DC", "--defined-only", str(built.libraries[abi] / library))
+        names = symbols("-DC", "--defined-only", str(standins[abi] / library))
         assert Counter(name.split("(")[0] for name in names if VENDOR_NAMES.match(name)) == wanted, library
         assert [name for name in names if not VENDOR_NAMES.match(name) and not name.startswith("standin_")] == []
 
 
 @pytest.mark.parametrize("abi", ABIS)
-def test_face_exports_its_functions_only_and_needs_no_vendor_library(built: Built, abi: str) -> None:
-    library = str(built.faces[abi])
+def test_face_exports_its_functions_only_and_needs_no_vendor_library(faces: dict[str, Path], abi: str) -> None:
+    library = str(faces[abi])
     assert set(symbols("-D", "--defined-only", library)) == {f"cann_{name}" for name in [*FUNCTIONS, "status_name"]}
     assert [name for name in symbols("-DC", "--undefined-only", library) if VENDOR_NAMES.match(name)] == []
     section = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
@@ -453,8 +413,8 @@ print("after", flush=True)
 
 
 @pytest.mark.parametrize("abis", ["00", "01", "10", "11"], ids=lambda abis: f"face{abis[0]}-library{abis[1]}")
-def test_two_processes_move_bytes_with_every_call(built: Built, abis: str) -> None:
-    face, libraries = built.faces[abis[0]], built.libraries[abis[1]]
+def test_two_processes_move_bytes_with_every_call(faces: dict[str, Path], standins: dict[str, Path], abis: str) -> None:
+    face, libraries = faces[abis[0]], standins[abis[1]]
     with remote_side(face, libraries) as server, remote_side(face, libraries) as client:
         port = free_port()
         server.open(SERVER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure pulls between two processes of this machine against plain copies of the same segments in one, and check every byte."""
+"""Measure pulls between HOST caches of two processes against plain copies of the same segments in one, and check every byte."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two children of the benchmark: an owner that offers its caches, and a puller that takes the time of its pulls."""
+"""The two children of the benchmark: an owner that offers its caches, and a puller that takes the time of its pulls.
+
+All caches are HOST memory, which plain copies can be measured in too, whatever DEVICE memory is.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from llm_datadist import (
     DataType,
     LLMDataDist,
     LLMRole,
+    Placement,
 )
 
 from . import roles
@@ -42,7 +46,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> int:
 def _engine(arguments: argparse.Namespace, role: LLMRole, cluster: int, listens: bool = False) -> LLMDataDist:
     shapes = [workload.shape for workload in _workloads(arguments)] if _in_pool(arguments) else []
     pool = sum(roles.whole_pages(shape.tensors, shape.tensor_bytes) for shape in shapes)
-    return roles.start_engine(arguments, role, cluster, pool_bytes=pool, listens=listens)
+    return roles.start_engine(arguments, role, cluster, host_pool=pool, listens=listens)
 
 
 def _workloads(arguments: argparse.Namespace) -> list[Workload]:
@@ -64,15 +68,19 @@ class _Memory:
     def of(cls, engine: LLMDataDist, workload: Workload, pool: bool, key: BlocksCacheKey | None = None) -> _Memory:
         """Take a cache from the pool, or register memory that numpy has. A row has no key: its id names it."""
         manager, shape = engine.cache_manager, workload.shape
-        desc = CacheDesc(shape.tensors, [shape.blocks, shape.block_bytes], DataType.DT_INT8)
+        desc = CacheDesc(shape.tensors, [shape.blocks, shape.block_bytes], DataType.DT_INT8, Placement.HOST)
         if pool:
             cache = manager.allocate_cache(desc) if shape.is_row else manager.allocate_blocks_cache(desc, key)
-            return cls(cache, roles.pool_memory(cache))
+            return cls(cache, [_array_at(addr, desc.size) for addr in cache.tensor_addrs])
         tensors = roles.own_memory(desc)
         addrs = roles.addresses(tensors)
         if shape.is_row:
             return cls(manager.register_cache(desc, addrs), tensors)
         return cls(manager.register_blocks_cache(desc, addrs, key), tensors)
+
+
+def _array_at(addr: int, size: int) -> Bytes:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(addr))
 
 
 def _key(model: int) -> BlocksCacheKey:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llm_datadist import (
     BlocksCacheKey,
+    Cache,
     CacheDesc,
     CacheKey,
     DataType,
@@ -22,11 +23,12 @@ from llm_datadist import (
     LLMRole,
     LLMStatusCode,
 )
+from llm_datadist.v2.cache_manager import CacheManager
 
 from . import roles
 from .children import Reporter
 from .demo import DTYPES
-from .pattern import Bytes, Expectation, Pattern
+from .pattern import Expectation, Pattern
 
 PROMPT, DECODER = 1, 2  # cluster ids
 REQUEST, NO_REQUEST = 1, 404  # ids of a request that the prompt has, and of one that it has not
@@ -76,15 +78,22 @@ class Model:
     def blocks(self) -> int:
         return -(-self.tokens // self.block_tokens)
 
+    @property
+    def roomy(self) -> int:
+        """Blocks of the decoder's cache."""
+        return self.blocks + -(-self.blocks // _SPARE_BLOCKS)
+
     def row(self) -> CacheDesc:
         return CacheDesc(self.tensors, [1, self.tokens, *self.shape], self.data_type)
 
     def paged(self, blocks: int) -> CacheDesc:
         return CacheDesc(self.tensors, [blocks, self.block_tokens, *self.shape], self.data_type)
 
-    def pool(self) -> int:
-        """Bytes of a memory pool that holds the contiguous cache."""
-        return roles.whole_pages(self.tensors, self.row_bytes)
+    def pool(self, mode: str, blocks: int) -> int:
+        """Bytes of a memory pool that holds what a mode needs: the contiguous cache, one of so many blocks, or both."""
+        row = 0 if mode == "blocks" else roles.whole_pages(self.tensors, self.row_bytes)
+        paged = 0 if mode == "contiguous" else roles.whole_pages(self.tensors, blocks * self.block_bytes)
+        return row + paged
 
     def some_layers(self) -> tuple[range, range]:
         """A quarter of the layers at the source, and where they go: other layers of the destination."""
@@ -97,37 +106,34 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> int:
     return roles.play({"prompt": _prompt, "decoder": _decoder}, arguments, reporter)
 
 
-def _engine(
-    arguments: argparse.Namespace, role: LLMRole, cluster_id: int, model: Model, listens: bool = False
-) -> LLMDataDist:
-    pool = 0 if arguments.mode == "blocks" else model.pool()
-    return roles.start_engine(arguments, role, cluster_id, pool_bytes=pool, listens=listens)
-
-
 # The two caches of the prompt have different contents.
 _ROW_SEED, _PAGED_SEED = 1, 2
 
 
 def _prompt(arguments: argparse.Namespace, reporter: Reporter) -> None:
     model = Model.of(arguments)
-    engine = _engine(arguments, LLMRole.PROMPT, PROMPT, model, listens=True)
-    kept = []  # registered memory must stay as long as its cache
+    pool = model.pool(arguments.mode, model.blocks)
+    engine = roles.start_engine(arguments, LLMRole.PROMPT, PROMPT, device_pool=pool, listens=True)
+    manager = engine.cache_manager
     if arguments.mode != "blocks":
-        cache = engine.cache_manager.allocate_cache(model.row(), [CacheKey(PROMPT, req_id=REQUEST)])
-        Pattern(model.row_bytes, _ROW_SEED).fill(roles.pool_memory(cache))
+        cache = manager.allocate_cache(model.row(), [CacheKey(PROMPT, req_id=REQUEST)])
+        _fill(manager, cache, _ROW_SEED)
         reporter.send("say", text=f"allocated and filled {_size(model, model.row_bytes)} in rows of {model.tokens} tokens")
     if arguments.mode != "contiguous":
-        desc = model.paged(model.blocks)
-        tensors = roles.own_memory(desc)
-        Pattern(desc.size, _PAGED_SEED).fill(tensors)
-        engine.cache_manager.register_blocks_cache(desc, roles.addresses(tensors), BlocksCacheKey(PROMPT))
-        kept.append(tensors)
-        text = f"registered and filled {_size(model, desc.size)} in {model.blocks} blocks of {model.block_tokens} tokens"
-        reporter.send("say", text=text)
+        cache = manager.allocate_blocks_cache(model.paged(model.blocks), BlocksCacheKey(PROMPT))
+        _fill(manager, cache, _PAGED_SEED)
+        size = _size(model, cache.cache_desc.size)
+        reporter.send("say", text=f"allocated and filled {size} in {model.blocks} blocks of {model.block_tokens} tokens")
     address = engine.listen_address
     reporter.send("ready", address=address, text=f"process {os.getpid()} is cluster {PROMPT} and listens at {address}")
     roles.wait_for_end()
     engine.finalize()
+
+
+def _fill(manager: CacheManager, cache: Cache, seed: int) -> None:
+    tensors = roles.own_memory(cache.cache_desc)
+    Pattern(cache.cache_desc.size, seed).fill(tensors)
+    roles.write(manager, cache, tensors)
 
 
 def _size(model: Model, tensor_bytes: int) -> str:
@@ -136,7 +142,8 @@ def _size(model: Model, tensor_bytes: int) -> str:
 
 def _decoder(arguments: argparse.Namespace, reporter: Reporter) -> None:
     model = Model.of(arguments)
-    engine = _engine(arguments, LLMRole.DECODER, DECODER, model)
+    pool = model.pool(arguments.mode, model.roomy)
+    engine = roles.start_engine(arguments, LLMRole.DECODER, DECODER, device_pool=pool)
     cluster = _link(engine, arguments, reporter)
     steps = _Steps(engine, model, reporter)
     if arguments.mode != "blocks":
@@ -172,13 +179,12 @@ class _Steps:
         """Pull layers of a row, then the whole row, which releases its key; then by keys that are not there."""
         model = self._model
         cache = self._manager.allocate_cache(model.row())
-        tensors = roles.pool_memory(cache)
         pattern = Pattern(model.row_bytes, _ROW_SEED)
         key = CacheKey(PROMPT, req_id=REQUEST)
         src, dst = model.some_layers()
         self._pull(
             f"row by key, layers {_layers(src)} to {_layers(dst)}",
-            tensors,
+            cache,
             Expectation(pattern, _tensor_map(src, dst)),
             len(src) * _PER_LAYER * model.row_bytes,
             lambda: self._manager.pull_cache(key, cache, src_layer_range=src, dst_layer_range=dst),
@@ -186,7 +192,7 @@ class _Steps:
         every = range(model.layers)
         self._pull(
             "row by key, all layers",
-            tensors,
+            cache,
             Expectation(pattern, _tensor_map(every, every)),
             model.tensors * model.row_bytes,
             lambda: self._manager.pull_cache(key, cache),
@@ -199,18 +205,16 @@ class _Steps:
     def blocks(self) -> None:
         """Pull all blocks, scattered on both sides, then some layers of half of them; then by a key that is not there."""
         model = self._model
-        desc = model.paged(model.blocks + -(-model.blocks // _SPARE_BLOCKS))
-        tensors = roles.own_memory(desc)
-        cache = self._manager.register_blocks_cache(desc, roles.addresses(tensors))
+        cache = self._manager.allocate_blocks_cache(model.paged(model.roomy))
         pattern = Pattern(model.blocks * model.block_bytes, _PAGED_SEED)
         key = BlocksCacheKey(PROMPT)
         scatter = random.Random(_SEED)
         sources = scatter.sample(range(model.blocks), model.blocks)
-        targets = scatter.sample(range(desc.shape[0]), model.blocks)
+        targets = scatter.sample(range(model.roomy), model.blocks)
         every = range(model.layers)
         self._pull(
             f"{len(sources)} scattered blocks, all layers",
-            tensors,
+            cache,
             Expectation(pattern, _tensor_map(every, every), model.block_bytes, (sources, targets)),
             model.tensors * len(sources) * model.block_bytes,
             lambda: self._manager.pull_blocks(key, cache, sources, targets),
@@ -220,7 +224,7 @@ class _Steps:
         src, dst = model.some_layers()
         self._pull(
             f"{len(some)} scattered blocks, layers {_layers(src)} to {_layers(dst)}",
-            tensors,
+            cache,
             Expectation(pattern, _tensor_map(src, dst), model.block_bytes, (some, there)),
             len(src) * _PER_LAYER * len(some) * model.block_bytes,
             lambda: self._manager.pull_blocks(key, cache, some, there, src_layer_range=src, dst_layer_range=dst),
@@ -229,15 +233,16 @@ class _Steps:
         self._pull_missing(
             "blocks by a key that does not exist", lambda: self._manager.pull_blocks(missing, cache, [0], [0])
         )
-        self._manager.unregister_cache(cache.cache_id)  # before the arrays go
+        self._manager.deallocate_blocks_cache(cache)
 
-    def _pull(
-        self, what: str, tensors: list[Bytes], expectation: Expectation, size: int, pull: Callable[[], None]
-    ) -> None:
+    def _pull(self, what: str, cache: Cache, expectation: Expectation, size: int, pull: Callable[[], None]) -> None:
+        tensors = roles.own_memory(cache.cache_desc)
         expectation.poison(tensors)
+        roles.write(self._manager, cache, tensors)
         started = time.perf_counter()
         pull()
         seconds = time.perf_counter() - started
+        roles.read(self._manager, cache, tensors)
         wrong = expectation.first_wrong(tensors)
         self._step(f"pulled {what}", what, wrong, "every byte", bytes=size, seconds=seconds)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import threading
 import time
@@ -12,7 +11,18 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from llm_datadist import Cache, CacheDesc, LLMClusterInfo, LLMConfig, LLMDataDist, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import (
+    Cache,
+    CacheDesc,
+    LLMClusterInfo,
+    LLMConfig,
+    LLMDataDist,
+    LLMException,
+    LLMRole,
+    LLMStatusCode,
+    Placement,
+)
+from llm_datadist.v2.cache_manager import CacheManager
 
 from .children import Reporter
 from .pattern import Bytes
@@ -56,15 +66,23 @@ def _end_with_parent() -> None:
 
 
 def start_engine(
-    arguments: argparse.Namespace, role: LLMRole, cluster_id: int, *, pool_bytes: int = 0, listens: bool = False
+    arguments: argparse.Namespace,
+    role: LLMRole,
+    cluster_id: int,
+    *,
+    device_pool: int = 0,
+    host_pool: int = 0,
+    listens: bool = False,
 ) -> LLMDataDist:
-    """Return an engine that is initialized: with a memory pool where pool_bytes is not 0."""
+    """Return an engine that is initialized: with each memory pool whose bytes are not 0."""
     config = LLMConfig()
     config.device_id = 0
     config.enable_cache_manager = True
     config.sync_kv_timeout = timeout_millis(arguments)
-    if pool_bytes:
-        config.mem_pool_cfg = f'{{"memory_size": {pool_bytes}}}'
+    if device_pool:
+        config.mem_pool_cfg = f'{{"memory_size": {device_pool}}}'
+    if host_pool:
+        config.host_mem_pool_cfg = f'{{"memory_size": {host_pool}}}'
     if listens:
         config.listen_ip_info = _LISTEN
     if arguments.transport:
@@ -97,15 +115,29 @@ def whole_pages(tensors: int, tensor_bytes: int) -> int:
     return tensors * -(-tensor_bytes // _POOL_PAGE) * _POOL_PAGE
 
 
-def pool_memory(cache: Cache) -> list[Bytes]:
-    """Return the tensors of an allocated cache as arrays."""
-    size = cache.cache_desc.size
-    return [np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(addr)) for addr in cache.tensor_addrs]
-
-
 def own_memory(desc: CacheDesc) -> list[Bytes]:
-    """Return arrays for a cache that is to be registered. They must stay as long as the cache."""
+    """Return arrays for a cache: to be registered as HOST memory, which they have to outlive, or to be copied to and from it."""
     return list(np.empty((desc.num_tensors, desc.size), dtype=np.uint8))
+
+
+def write(manager: CacheManager, cache: Cache, tensors: list[Bytes]) -> None:
+    """Copy arrays into a DEVICE cache. Nothing else than the engine may: it may be memory that the host can't touch."""
+    every, host, device = _to_swap(cache, tensors)
+    manager.swap_blocks(host, device, every)
+
+
+def read(manager: CacheManager, cache: Cache, tensors: list[Bytes]) -> None:
+    """Copy a DEVICE cache into arrays."""
+    every, host, device = _to_swap(cache, tensors)
+    manager.swap_blocks(device, host, every)
+
+
+def _to_swap(cache: Cache, tensors: list[Bytes]) -> tuple[dict[int, int], Cache, Cache]:
+    """Return what swap_blocks takes. It goes by addresses alone: the row of a contiguous cache is a block as any other."""
+    desc = cache.cache_desc
+    on_host = CacheDesc(desc.num_tensors, desc.shape, desc.data_type, Placement.HOST)
+    device = Cache(cache.cache_id, desc, cache.tensor_addrs, None, False, True)
+    return {index: index for index in range(desc.shape[0])}, Cache.create_cpu_cache(on_host, addresses(tensors)), device
 
 
 def addresses(tensors: list[Bytes]) -> list[int]:
