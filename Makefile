@@ -80,8 +80,10 @@ lint: $(LINTERS)/borders $(VENV_STAMP) ## formatting, vet, staticcheck, borders,
 	$(BIN)/ruff check --quiet python tests benchmarks examples setup.py
 	$(BIN)/mypy
 
+# Those of capi run each time: they build C++ that the go command doesn't see, so it would keep results of older sources.
 gotest: | system ## Go tests with the race detector
 	go test -race -timeout $(GO_TEST_TIMEOUT) ./core/... ./pyext/...
+	go test -race -count=1 -timeout $(GO_TEST_TIMEOUT) ./capi/...
 	go -C tools/lint test ./...
 
 gotest-pure: | system ## Go tests without cgo, the short ones

@@ -90,6 +90,15 @@ func ListenAddress(handle int64) string {
 	return e.ListenAddress()
 }
 
+// DeviceApart says, as 1, that the host can't touch DEVICE memory.
+func DeviceApart(handle int64) int64 {
+	e, err := backend.Engine(handle)
+	if err != nil || !e.DeviceApart() {
+		return 0
+	}
+	return 1
+}
+
 // Explain tells how the link to a cluster works and why it failed; "" for an id never met.
 func Explain(handle, cluster int64) string {
 	e, err := backend.Engine(handle)

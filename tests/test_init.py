@@ -332,8 +332,7 @@ def test_a_bad_option_is_refused(given):
 
 
 NOT_BUILT = [
-    {"open.Device": "cann"},
-    *[{"open.Transport": name} for name in ("ucx", "cann")],
+    {"open.Transport": "ucx"},
     {"open.Relink": "1"},
     {"open.Integrity": "sampled"},
     {"open.Integrity": "always"},
@@ -348,6 +347,11 @@ NOT_BUILT = [
 @pytest.mark.parametrize("given", NOT_BUILT, ids=str)
 def test_an_option_that_is_not_built_is_not_ignored(given):
     refused({**MANAGED, **given}, code=FEATURE_NOT_ENABLED)
+
+
+@pytest.mark.parametrize("given", [{"open.Device": "cann"}, {"open.Transport": "cann"}], ids=str)
+def test_what_needs_a_library_that_is_not_there_is_refused(given):
+    assert refused({**MANAGED, **given}, code=FEATURE_NOT_ENABLED).hint is not None
 
 
 # --- memory pools

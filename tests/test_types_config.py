@@ -55,6 +55,7 @@ GOOD = {
     "transfer_backend": ("", [("hixl", "hixl"), ("", ""), (None, {})]),
     "global_resource_config": ("", [("{}", "{}"), ("", ""), (None, {})]),
     "device": (None, [("host", "host"), ("anything", "anything"), ("", ""), (None, {})]),
+    "cann_path": (None, [("/there", "/there"), (None, {})]),
     "transport": (None, [("tcp", "tcp"), (None, {})]),
     "fabric": (None, [("loopback", "loopback"), (None, {})]),
     "multiple_engines": (None, [(True, "1"), (False, "0"), (None, {})]),
@@ -92,6 +93,7 @@ KEYS = {
     "transfer_backend": "llm.TransferBackend",
     "global_resource_config": "llm.GlobalResourceConfig",
     "device": "open.Device",
+    "cann_path": "open.CannPath",
     "transport": "open.Transport",
     "fabric": "open.Fabric",
     "multiple_engines": "open.MultipleEngines",
@@ -111,7 +113,7 @@ KEYS = {
 
 STRINGS = [name for name, (default, _) in GOOD.items() if default == "" or name in ("device", "transport", "fabric")]
 STRINGS += ["cluster_info", "integrity", "auth_secret_file", "tls_cert_file", "tls_key_file", "tls_ca_file"]
-STRINGS += ["metrics_address"]
+STRINGS += ["metrics_address", "cann_path"]
 NUMBERS = ["rendezvous_port", "copy_threads", "tcp_connections", "spin_micros", "peer_dead_millis"]
 FLAGS = ["enable_switch_role", "enable_cache_manager", "enable_remote_cache_accessible", "multiple_engines", "relink"]
 

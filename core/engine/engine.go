@@ -114,6 +114,9 @@ func (e *Engine) closeMemory() error {
 // ListenAddress returns the bound "ip:port", or "" where the engine does not listen.
 func (e *Engine) ListenAddress() string { return e.links.ListenAddress() }
 
+// DeviceApart says that the host can't touch DEVICE memory.
+func (e *Engine) DeviceApart() bool { return e.parts.Device.Apart() }
+
 // LiveLinks counts the links that live.
 func (e *Engine) LiveLinks() int { return e.links.LiveLinks() }
 

@@ -29,6 +29,7 @@ type Options struct {
 
 	Device         string        // open.Device: auto, host, cann; "" is auto
 	DeviceID       int32         // ge.exec.deviceId, the first one
+	SeveralDevices bool          // there are more of them
 	LibraryPath    string        // open.CannPath: where the vendor's library is looked for; "": in its documented places
 	Transport      string        // open.Transport: auto or the one that is required
 	CopyThreads    int           // open.CopyThreads
@@ -120,7 +121,7 @@ func (r *optionReader) documented(o *Options) {
 	if value, ok := r.options[keyLocalCommRes]; ok {
 		o.LocalCommRes = &value
 	}
-	o.DeviceID = firstDevice(r.options[keyDeviceID])
+	o.DeviceID, o.SeveralDevices = firstDevice(r.options[keyDeviceID])
 	if o.CacheManager {
 		r.integer(keyDeviceID, 0, 1<<31-1)
 		r.integer(keyTrafficClass, 0, 1<<32-1)
@@ -147,13 +148,13 @@ func (r *optionReader) documented(o *Options) {
 
 // firstDevice reads the first of the ids of devices, of which v1 mode has several; 0 where there is none. What is no number Python has
 // refused, or the caller does.
-func firstDevice(ids string) int32 {
-	first, _, _ := strings.Cut(ids, ";")
-	id, err := strconv.ParseUint(strings.TrimSpace(first), 10, 31)
+func firstDevice(ids string) (id int32, several bool) {
+	first, _, several := strings.Cut(ids, ";")
+	number, err := strconv.ParseUint(strings.TrimSpace(first), 10, 31)
 	if err != nil {
-		return 0
+		return 0, several
 	}
-	return int32(id)
+	return int32(number), several
 }
 
 // integer reads a decimal option and reports whether it is there.

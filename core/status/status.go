@@ -38,12 +38,35 @@ const (
 	OutOfMemory       Code = 0x5010B01C
 )
 
+// The codes that only a vendor's library produces, and its device runtime the last two.
+const (
+	RequestAlreadyCompleted  Code = 0x5010B004
+	NotifyPromptUnlinkFailed Code = 0x5010B00B
+	ClusterNumExceedLimit    Code = 0x5010B00C
+	ProcessingLink           Code = 0x5010B00D
+	DeviceOutOfMemory        Code = 0x5010B00E
+	PrefixAlreadyExist       Code = 0x5010B00F
+	PrefixNotExist           Code = 0x5010B010
+	SeqLenOverLimit          Code = 0x5010B011
+	NoFreeBlock              Code = 0x5010B012
+	BlocksOutOfMemory        Code = 0x5010B013
+	DeviceMemError           Code = 507053
+	SuspectRemoteError       Code = 507057
+)
+
 var names = map[Code]string{
 	Success: "LLM_SUCCESS", Failed: "LLM_FAILED", WaitTimeout: "LLM_WAIT_PROCESS_TIMEOUT", CacheNotExist: "LLM_KV_CACHE_NOT_EXIST",
 	RepeatRequest: "LLM_REPEAT_REQUEST", ParamInvalid: "LLM_PARAM_INVALID", EngineFinalized: "LLM_ENGINE_FINALIZED",
 	NotYetLink: "LLM_NOT_YET_LINK", AlreadyLink: "LLM_ALREADY_LINK", LinkFailed: "LLM_LINK_FAILED", UnlinkFailed: "LLM_UNLINK_FAILED",
 	ExistLink: "LLM_EXIST_LINK", FeatureNotEnabled: "LLM_FEATURE_NOT_ENABLED", Timeout: "LLM_TIMEOUT", LinkBusy: "LLM_LINK_BUSY",
 	OutOfMemory: "LLM_OUT_OF_MEMORY",
+
+	RequestAlreadyCompleted: "LLM_REQUEST_ALREADY_COMPLETED", NotifyPromptUnlinkFailed: "LLM_NOTIFY_PROMPT_UNLINK_FAILED",
+	ClusterNumExceedLimit: "LLM_CLUSTER_NUM_EXCEED_LIMIT", ProcessingLink: "LLM_PROCESSING_LINK",
+	DeviceOutOfMemory: "LLM_DEVICE_OUT_OF_MEMORY", PrefixAlreadyExist: "LLM_PREFIX_ALREADY_EXIST",
+	PrefixNotExist: "LLM_PREFIX_NOT_EXIST", SeqLenOverLimit: "LLM_SEQ_LENOVERLIMIT", NoFreeBlock: "LLM_NO_FREE_BLOCK",
+	BlocksOutOfMemory: "LLM_BLOCKS_OUT_OF_MEMORY", DeviceMemError: "LLM_DEVICE_MEM_ERROR",
+	SuspectRemoteError: "LLM_SUSPECT_REMOTE_ERROR",
 }
 
 // String returns the documented name, or the number in hexadecimal for a code that has none here.
@@ -52,6 +75,12 @@ func (c Code) String() string {
 		return name
 	}
 	return fmt.Sprintf("status 0x%X", uint32(c))
+}
+
+// Documented says that the code has a name in the API; a number without one must not reach callers as a code.
+func (c Code) Documented() bool {
+	_, ok := names[c]
+	return ok
 }
 
 // Stage says how far a call had come when it failed.

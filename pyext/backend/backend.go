@@ -20,7 +20,6 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/engine"
 	"github.com/llm-datadist-open/llm-datadist/core/link"
-	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
 )
 
@@ -86,11 +85,15 @@ func Open(handle int64, clusterID uint64, options, environment string) error {
 	if parsed.MultipleEngines {
 		report = func(e link.Event) { postOf(&clusterID, e) }
 	}
-	made, err := engine.New(clusterID, parsed, engine.Parts{Device: mem.Host(), Network: engine.TCP(), Event: report})
+	on, err := choose(parsed)
 	if err != nil {
 		return err
 	}
-	report(link.Event{Level: link.Info, Text: "DEVICE memory is host memory; no accelerator's library is in use"})
+	made, err := engine.New(clusterID, parsed, engine.Parts{Device: on.device, Network: engine.TCP(), Library: on.library, Event: report})
+	if err != nil {
+		return err
+	}
+	report(link.Event{Level: link.Info, Text: on.why})
 	state.mu.Lock()
 	defer state.mu.Unlock()
 	state.engines[handle] = made

@@ -394,6 +394,10 @@ class Engine:
     def listen_address(self) -> str | None:
         return self._usable().pyext_ListenAddress(self._handle) or None
 
+    def device_is_apart(self) -> bool:
+        """Return whether the host can't touch DEVICE memory."""
+        return bool(self._usable().pyext_DeviceApart(self._handle))
+
     def explain(self, cluster_id: int) -> str:
         return str(self._usable().pyext_Explain(self._handle, signed(cluster_id)))
 

@@ -297,6 +297,7 @@ class BaseConfig:
 
     # This implementation's own. None leaves the choice to the environment or the default.
     device = _open_string("open.Device")
+    cann_path = _open_string("open.CannPath")
     transport = _open_string("open.Transport")
     fabric = _open_string("open.Fabric")
     multiple_engines = _open_flag(_options.MULTIPLE_ENGINES)

@@ -346,7 +346,10 @@ class KvCacheManager:
         return task
 
     def get_cache_tensors(self, cache: KvCache, tensor_index: int = 0) -> list[Tensor]:
-        """Return a tensor of a cache, once for each device: a look at the cache's memory, which lasts as long as the cache."""
+        """Return a tensor of a cache, once for each device: a look at the cache's memory, which lasts as long as the cache.
+
+        LLM_FEATURE_NOT_ENABLED where the memory is a device's that the host can't touch.
+        """
         check_isinstance("cache", cache, KvCache, allow_none=False)
         check_int32("tensor_index", tensor_index)
         desc = cache.cache_desc
@@ -355,6 +358,11 @@ class KvCacheManager:
             "tensor_index should be in range [0, {}), but got {}",
             desc.num_tensors,
             tensor_index,
+        )
+        raise_if_true(
+            desc.placement == Placement.DEVICE and self._native.device_is_apart(),
+            "the tensors would be views of memory of a device that the host can't touch: swap_blocks reads and writes it",
+            status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
         )
         devices = range(len(cache.per_device_tensor_addrs))
         return [build_npu_tensors(cache, device)[tensor_index] for device in devices]

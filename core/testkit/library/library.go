@@ -270,7 +270,7 @@ func piecesOf(t *native.Transfer, src, dst plan.Shape) ([]piece, error) {
 		return nil, invalid("rows %d and %d", t.RemoteRow, t.LocalRow)
 	}
 	type run struct{ src, dst, bytes uint64 }
-	runs := []run{{t.RemoteRow * src.Stride, t.LocalRow * dst.Stride, t.Bytes}}
+	runs := []run{{t.RemoteRow * dst.Stride, t.LocalRow * dst.Stride, t.Bytes}} // both by the local length, as documented
 	if t.SrcBlocks != nil || t.DstBlocks != nil {
 		if len(t.SrcBlocks) != len(t.DstBlocks) || src.Stride != dst.Stride || t.RemoteRow != 0 || t.LocalRow != 0 {
 			return nil, invalid("%d blocks of %d bytes for %d of %d", len(t.SrcBlocks), src.Stride, len(t.DstBlocks), dst.Stride)

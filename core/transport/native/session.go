@@ -191,7 +191,8 @@ func (s *Session) job(req *transport.Request, local transport.Local, r *transpor
 	default:
 		t.Bytes = req.Local.Stride
 	}
-	if t.Bytes > r.Shape.Stride { // a one-sided pull beyond the first block of a cache of blocks
+	// A one-sided pull may go beyond the first block of a cache of blocks. And the library finds the peer's row by the length of ours.
+	if t.Bytes > r.Shape.Stride || r.Batch > 0 && r.Shape.Stride != req.Local.Stride {
 		return nil, errStreamed
 	}
 	return j, nil

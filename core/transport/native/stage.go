@@ -20,7 +20,7 @@ const stageAlignment = 512
 // stage is device memory that is registered with the library.
 type stage struct {
 	memory mem.Memory
-	shape  plan.Shape
+	shape  plan.Shape // one row as long as the source's, by which the library finds that
 	id     int64
 }
 
@@ -43,7 +43,8 @@ func (s *Session) stageJob(j *job, req *transport.Request, local transport.Local
 		return err
 	}
 	j.staged, j.into = true, local.Backing
-	j.shape = plan.Shape{Kind: plan.Contiguous, Tensors: tensors, TensorBytes: bytes, Stride: bytes, Count: 1}
+	row := r.Shape.Stride
+	j.shape = plan.Shape{Kind: plan.Contiguous, Tensors: tensors, TensorBytes: row, Stride: row, Count: 1}
 	j.transfer.Bytes, j.transfer.LocalRow = bytes, 0
 	if !j.transfer.SrcTensors.All {
 		j.transfer.DstTensors = plan.Range{Count: tensors}
@@ -52,7 +53,7 @@ func (s *Session) stageJob(j *job, req *transport.Request, local transport.Local
 	for _, g := range segments {
 		j.moves = append(j.moves, mem.Move{
 			Dst:   local.Addrs[g.DstTensor] + uintptr(g.DstOffset),
-			Src:   uintptr(uint64(g.SrcTensor-first)*tensorStep(bytes) + g.SrcOffset - r.Batch*r.Shape.Stride),
+			Src:   uintptr(uint64(g.SrcTensor-first)*tensorStep(row) + g.SrcOffset - r.Batch*r.Shape.Stride),
 			Bytes: g.Bytes,
 		})
 	}

@@ -41,7 +41,7 @@ var mayImport = map[string][]string{
 	"core/transport/...":   {"core/transport", "core/transport/...", "core/directory", "core/plan", "core/mem", "core/status"},
 	"core/link":            {"core/transport", "core/transport/...", "core/directory", "core/plan", "core/mem", "core/status"},
 	"core/engine":          {"core/..."},
-	"capi/...":             {"capi/...", "core/transport", "core/directory", "core/plan", "core/mem", "core/status"},
+	"capi/...":             {"capi/...", "core/transport", "core/transport/...", "core/directory", "core/plan", "core/mem", "core/status"},
 	"pyext/backend":        {"capi/...", "core/..."},
 	"pyext":                {"pyext/backend", "core/..."},
 	"benchmarks/...":       {"benchmarks/...", "core/..."},
