@@ -27,9 +27,11 @@ type Options struct {
 	LinkTotal    time.Duration // llm.LinkTotalTime: how long link() may prepare a group
 	LinkTries    int           // llm.LinkRetryCount: over how many attempts that is divided
 
-	Device         string        // open.Device: auto, host, cann; "" is auto
-	DeviceID       int32         // ge.exec.deviceId, the first one
-	SeveralDevices bool          // there are more of them
+	Device         string // open.Device: auto, host, cann; "" is auto
+	DeviceID       int32  // ge.exec.deviceId, the first one
+	SeveralDevices bool   // there are more of them
+	// LibraryOptions are those that a vendor's library honours, by their keys: llm.RdmaTrafficClass, llm.RdmaServiceLevel.
+	LibraryOptions map[string]string
 	LibraryPath    string        // open.CannPath: where the vendor's library is looked for; "": in its documented places
 	Transport      string        // open.Transport: auto or the one that is required
 	CopyThreads    int           // open.CopyThreads
@@ -124,8 +126,11 @@ func (r *optionReader) documented(o *Options) {
 	o.DeviceID, o.SeveralDevices = firstDevice(r.options[keyDeviceID])
 	if o.CacheManager {
 		r.integer(keyDeviceID, 0, 1<<31-1)
-		r.integer(keyTrafficClass, 0, 1<<32-1)
-		r.integer(keyServiceLevel, 0, 1<<32-1)
+		for _, key := range []string{keyTrafficClass, keyServiceLevel} {
+			if _, ok := r.integer(key, 0, 1<<32-1); ok {
+				o.passOn(key, r.options[key])
+			}
+		}
 	}
 	o.LinkTotal, o.LinkTries = defaultLinkTotal, 1
 	if o.CacheManager {
@@ -144,6 +149,13 @@ func (r *optionReader) documented(o *Options) {
 	ip, hasIP := r.options[keyListenIP]
 	port, hasPort := r.options[keyListenPort]
 	o.ListenIP, o.ListenPort, o.HasListen = ip, port, hasIP && hasPort
+}
+
+func (o *Options) passOn(key, value string) {
+	if o.LibraryOptions == nil {
+		o.LibraryOptions = map[string]string{}
+	}
+	o.LibraryOptions[key] = value
 }
 
 // firstDevice reads the first of the ids of devices, of which v1 mode has several; 0 where there is none. What is no number Python has

@@ -56,7 +56,9 @@ func TestOptionsAreRead(t *testing.T) {
 		{[]string{"llm.LocalCommRes", text}, func(o *Options) { o.LocalCommRes = &text }},
 		{[]string{"llm.MemPoolConfig", `{"memory_size": 4096, "page_shift": 10}`}, func(o *Options) { o.DevicePool = &cache.PoolConfig{Bytes: 4096, PageShift: 10} }},
 		{[]string{"llm.HostMemPoolConfig", `{"memory_size": 65536}`}, func(o *Options) { o.HostPool = &cache.PoolConfig{Bytes: 65536, PageShift: 16} }},
-		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "ge.exec.deviceId", "3"}, func(o *Options) { o.DeviceID = 3 }},
+		{[]string{"llm.RdmaTrafficClass", "132", "llm.RdmaServiceLevel", "4", "llm.LinkTotalTime", "0", "ge.exec.deviceId", "3"}, func(o *Options) {
+			o.DeviceID, o.LibraryOptions = 3, map[string]string{"llm.RdmaTrafficClass": "132", "llm.RdmaServiceLevel": "4"}
+		}},
 		{[]string{"llm.LinkTotalTime", "4294967295", "llm.LinkRetryCount", "100"}, func(o *Options) {
 			o.LinkTotal, o.LinkTries = 4294967295*time.Second, 100
 		}},

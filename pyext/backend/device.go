@@ -67,6 +67,7 @@ func onDevice(o engine.Options) chosen {
 		library: func(name uint64) (native.Library, error) {
 			return cann.Open(cann.Config{
 				Name: name, Device: o.DeviceID, ListenIP: listen, Timeout: o.SyncTimeout, LocalCommRes: o.LocalCommRes,
+				Options: o.LibraryOptions,
 			})
 		},
 		why: fmt.Sprintf("DEVICE memory is that of NPU %d, by way of %s", o.DeviceID, cann.Loaded()),
