@@ -36,7 +36,7 @@ U64MAX = 2**64 - 1
 DESC = CacheDesc(1, [4, 4], DataType.DT_INT8)
 NORMAL, PREFIX, BY_ID = 1, 2, 3  # kinds of keys
 ALL = -1, 0
-NO_OFFSETS = [0, 0, 0]
+NO_OFFSETS = [0, 0, 0, 1]  # of one device
 ONE_SIDED = {"llm.EnableRemoteCacheAccessible": "1"}
 
 
