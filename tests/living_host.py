@@ -145,7 +145,12 @@ def handling(number: int, handler: Any) -> Any:
 
 def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: process_state(pid) == "T", "the process is stopped")
+    # Its first thread may stand while another one still serves.
+    wait_until(lambda: set(thread_states(pid)) == {"T"}, "every thread of the process is stopped")
+
+
+def thread_states(pid: int) -> list[str]:
+    return [process_state(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()]
 
 
 def process_state(pid: int) -> str:
