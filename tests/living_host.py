@@ -145,7 +145,15 @@ def handling(number: int, handler: Any) -> Any:
 
 def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: process_state(pid) == "T", "the process is stopped")
+    # Its first thread may stand while another one still serves.
+    wait_until(lambda: threads_stand(pid), "every thread of the process is stopped")
+
+
+def threads_stand(pid: int) -> bool:
+    try:
+        return all(process_state(int(task.name)) == "T" for task in Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
+        return False
 
 
 def process_state(pid: int) -> str:

@@ -439,6 +439,16 @@ class Background:
             self._result = None, exc
         self.seconds = time.monotonic() - self.began
 
+    @classmethod
+    def until_it_fails(cls, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Background:
+        """Make a call again and again, so that one is under way however short they are, and return the failure of the last."""
+
+        def repeat() -> Any:
+            while True:
+                call(*args, **kwargs)
+
+        return cls(repeat)
+
     def running(self) -> bool:
         return self._thread.is_alive()
 

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import numpy as np
 import pytest
 
-from links import OURS, THEIRS, link
-from llm_datadist import BlocksCacheKey, CacheKey, LLMStatusCode
-from peers import ADDRESS, TARGET, Background, Peer, desc, memory_at, options, pattern, refused
+from links import OURS, THEIRS, link, table
+from llm_datadist import BlocksCacheKey, CacheDesc, CacheKey, DataType, LLMException, LLMStatusCode, _native
+from peers import ADDRESS, SOURCE, TARGET, Background, Peer, cluster, desc, memory_at, options, pattern, refused, wait_until
 
 SUCCESS = LLMStatusCode.LLM_SUCCESS
+FAILED = LLMStatusCode.LLM_FAILED
+PARAM_INVALID = LLMStatusCode.LLM_PARAM_INVALID
 NOT_EXIST = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
 
 BLOCKS, BLOCK = 64, 4096  # of a cache: blocks, and bytes of one
 MODELS = 3
+SOON = 10  # seconds: a sixth of the deadlines of the calls that finalize does not wait for
 
 
 def offer(local, owner):
@@ -162,6 +166,140 @@ def push(thread):
 with ThreadPoolExecutor(len(dst)) as pool:
     list(pool.map(push, range(len(dst))))
 """
+
+
+class Size(tuple):
+    """A shape as torch has it: a tuple, of a class of its own that calls itself otherwise."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        return f"torch.Size({list(self)})"
+
+
+class Tensor:
+    """As much of a tensor as a connector asks for."""
+
+    def __init__(self, array):
+        self.array = array
+        self.shape = Size(array.shape)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+BY_HAND = {
+    "llm.EnableCacheManager": "1",
+    "llm.EnableRemoteCacheAccessible": "0",
+    "ge.exec.deviceId": "0",
+    "ge.session_device_id": "0",
+    "llm.SyncKvCacheWaitTime": "20000",
+    "llm.MemPoolConfig": '{"memory_size": 1048576}',
+    "llm.RdmaTrafficClass": "132",
+    "llm.RdmaServiceLevel": "4",
+    "llm.LinkTotalTime": "60",
+    "llm.LinkRetryCount": "80",
+}
+
+
+def test_options_by_hand_shapes_of_torch_and_raw_bytes(local, owner):
+    address = owner.open(THEIRS, raw={**BY_HAND, "llm.listenIpInfo": ADDRESS})
+    local.open(OURS, raw=BY_HAND)
+    assert local.link(address, THEIRS) is SUCCESS
+    layers = [Tensor(pattern(SOURCE, layer, 8 * 2 * 256).reshape(8, 2, 256)) for layer in range(3)]
+    before = [layer.array.copy() for layer in layers]
+    described = CacheDesc(num_tensors=len(layers), shape=layers[0].shape, data_type=DataType.DT_UINT8)
+    assert described.size == 8 * 2 * 256 and described.batch_size == 8
+    addrs = [layer.data_ptr() for layer in layers]
+    cache = local.manager.register_blocks_cache(described, addrs, BlocksCacheKey(OURS))
+    owner.add("theirs", desc([8, 512], 3, DataType.DT_UINT8), TARGET, BlocksCacheKey(THEIRS), blocks=True)
+    owner.manage("pull_blocks", BlocksCacheKey(OURS), "theirs", [7, 2], [0, 1])
+    local.manager.pull_blocks(BlocksCacheKey(THEIRS), cache, [7, 3], [4, 6])
+    for layer, (theirs, was) in enumerate(zip(owner.content("theirs"), before)):
+        wanted = pattern(TARGET, layer, 8 * 512).reshape(8, 512)
+        was.reshape(8, 512)[[4, 6]] = wanted[[7, 3]]
+        wanted[[0, 1]] = pattern(SOURCE, layer, 8 * 512).reshape(8, 512)[[7, 2]]
+        assert np.array_equal(theirs, wanted.reshape(-1))
+        assert np.array_equal(layers[layer].array, was)
+
+
+def test_finalize_during_calls_ends_each_of_them_with_a_clear_error(local, owner, quiet):
+    link(local, owner, sync_kv_timeout=60_000)
+    offer(local, owner)
+    engine, manager, cache = local.engine, local.manager, local.caches["d0"]
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent, owner.stopped():
+        idle = _native.held()
+        # What model 9 is only the owner could tell, so that these wait for it over every transport.
+        calls = [Background(manager.pull_blocks, BlocksCacheKey(THEIRS, 9), cache, [n], [n]) for n in range(16)]
+        linking = Background(engine.link_clusters, [cluster(f"127.0.0.1:{silent.getsockname()[1]}", 7)], 60_000)
+        wait_until(lambda: _native.held() == idle + len(calls) + 1, "all calls are under way")
+        engine.link("group", {OURS: 0, 5: 1}, table(2))  # and a group that waits for a member
+        finalizing = Background(engine.finalize)
+        assert finalizing.result() is None
+        assert finalizing.seconds < SOON
+        for call in calls:
+            assert "finalized" in refused(call.result, code=FAILED).cause
+        code, codes = linking.result()
+        assert code is codes[0] and code is not SUCCESS
+    refused(manager.pull_blocks, BlocksCacheKey(THEIRS), cache, [0], [0], code=PARAM_INVALID)
+    refused(engine.link_clusters, [], error=RuntimeError)
+    local.close()
+    local.open(OURS, listen=None)  # and the next one serves
+    wait_until(lambda: local.link(owner.ask("listen_address"), THEIRS) is SUCCESS, "the peer has seen the old one end")
+    local.add("d0", desc([BLOCKS, BLOCK], 2), TARGET, blocks=True)
+    pull_and_compare(local, 0, [3], [5])
+
+
+def test_finalize_while_threads_call_whatever_they_like_ends_them_all(local, owner, quiet):
+    """Calls that begin before, during and after it: each returns or raises what is documented."""
+    link(local, owner)
+    offer(local, owner)
+    address, memory = owner.ask("listen_address"), np.zeros(64, np.uint8)
+    for _ in range(5):
+        engine, manager, cache = local.engine, local.manager, local.caches["d0"]
+        counts = {}
+
+        def own(manager=manager):
+            made = manager.allocate_cache(desc([2, 64]), [CacheKey(OURS, req_id=1)])
+            manager.copy_cache(made, made, 1, 0)
+            manager.remove_cache_key(CacheKey(OURS, req_id=1))
+            manager.deallocate_cache(made)
+
+        def register(manager=manager):
+            manager.unregister_cache(manager.register_cache(desc([1, 64]), [memory.ctypes.data]).cache_id)
+
+        kinds = {
+            "pull": lambda manager=manager, cache=cache: manager.pull_blocks(BlocksCacheKey(THEIRS), cache, [1, 2], [3, 4]),
+            "own": own,
+            "register": register,
+            "link": lambda engine=engine: engine.link_clusters([cluster(address, THEIRS)], 5000),
+        }
+
+        def repeat(kind, call, counts=counts):
+            while True:
+                try:
+                    call()
+                except (LLMException, RuntimeError) as exc:
+                    return exc
+                counts[kind] = counts.get(kind, 0) + 1
+
+        # One thread of each kind, and of pulls some: keys and caches of "own" are one thread's own.
+        threads = [Background(repeat, *each) for each in [*kinds.items(), *[("pull", kinds["pull"])] * 4]]
+        wait_until(lambda counts=counts, kinds=kinds: counts.keys() == kinds.keys(), "all kinds of calls have worked")
+        engine.finalize()
+        for thread in threads:
+            ending = thread.result()
+            if type(ending) is RuntimeError:
+                assert "not initialized" in str(ending)
+            else:
+                assert ending.status_code in (FAILED, PARAM_INVALID, LLMStatusCode.LLM_NOT_YET_LINK), ending
+                assert ending.cause
+        local.close()
+        local.open(OURS, listen=None)
+        assert local.link(address, THEIRS) is SUCCESS
+        local.add("d0", desc([BLOCKS, BLOCK], 2), TARGET, blocks=True)
+        pull_and_compare(local, 0, [3], [5])
 
 
 @pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])

@@ -340,8 +340,15 @@ def test_a_stopped_peer_does_not_keep_another_one(local, owner):
 # --- peers that die
 
 
+def ended_by_death(calls, seconds=60):
+    """Calls one after the other have ended because their peer has: in one of them, or between two, when it was known already."""
+    with pytest.raises(LLMException) as failure:
+        calls.result(seconds)
+    assert failure.value.status_code in (FAILED, NOT_YET_LINK) and "peer died" in failure.value.cause, failure.value
+
+
 @pytest.mark.parity("failure.transport")
-def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for_others(local, transport):
+def test_a_peer_that_dies_during_pulls_ends_them_and_its_bytes_are_not_taken_for_others(local, transport):
     size = 1 << 26
     right = {life: ramp(life, 0, size) for life in range(3)}
     address = ADDRESS
@@ -356,17 +363,13 @@ def test_a_peer_that_dies_during_a_pull_fails_it_and_its_bytes_are_not_taken_for
             local.manage("pull_cache", by_id(cache_id), "d")
             assert np.array_equal(view, right[life])
             view[:] = ~right[life]
-            transfer = Background(local.manage, "pull_cache", by_id(cache_id), "d")
-            transfer.reaches(view, right[life])
+            pulls = Background.until_it_fails(local.manage, "pull_cache", by_id(cache_id), "d")
+            pulls.reaches(view, right[life])
             peer.kill()
-        try:
-            transfer.result(LATE + 5)
-            assert np.array_equal(view, right[life])  # it was through
-        except LLMException as exc:
-            assert exc.status_code is FAILED and "peer died" in exc.cause, exc
-            settled = local.checksum("d")
-            refused(local.manage, "pull_cache", by_id(cache_id), "d", code=NOT_YET_LINK)
-            assert local.checksum("d") == settled
+        ended_by_death(pulls, LATE + 5)
+        settled = local.checksum("d")
+        refused(local.manage, "pull_cache", by_id(cache_id), "d", code=NOT_YET_LINK)
+        assert local.checksum("d") == settled
 
 
 def test_a_puller_that_dies_in_the_middle_releases_nothing(local, transport):
@@ -405,7 +408,7 @@ def test_a_puller_that_dies_in_the_middle_releases_nothing(local, transport):
     local.add("new", desc([1, SIZE]), 99, owned=True, content=ramp)  # and the memory is free
 
 
-def test_an_engine_that_is_finalized_during_a_pull_fails_it_or_was_through(local, owner):
+def test_an_engine_that_is_finalized_during_pulls_ends_them(local, owner):
     right = ramp(SOURCE, 0, SIZE)
     for _ in range(3):
         address = owner.open(THEIRS)
@@ -416,14 +419,10 @@ def test_an_engine_that_is_finalized_during_a_pull_fails_it_or_was_through(local
         assert local.link(address, THEIRS) is SUCCESS
         view = local.tensors("d")[0]
         view[:] = ~right
-        transfer = Background(local.manage, "pull_cache", by_id(cache_id), "d")
-        transfer.reaches(view, right)
+        pulls = Background.until_it_fails(local.manage, "pull_cache", by_id(cache_id), "d")
+        pulls.reaches(view, right)
         owner.close()
-        try:
-            transfer.result()
-            assert np.array_equal(view, right)
-        except LLMException as exc:
-            assert exc.status_code is FAILED and "peer died" in exc.cause, exc
+        ended_by_death(pulls)
         wait_until(lambda: "dead" in local.ask("explain", THEIRS), "the link is dead")
 
 

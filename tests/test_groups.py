@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from links import PREPARING, become, join, refused, table
-from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMRole, LLMStatusCode
+from llm_datadist import CacheKeyByIdAndIndex, LLMException, LLMRole, LLMStatusCode, MemInfo, Memtype
 from llm_datadist.utils import log
 from llm_datadist.v2.llm_types import RegisterMemStatus
 from peers import ADDRESS, Peer, desc, free_port, pattern, wait_until
@@ -70,6 +70,19 @@ def test_both_ends_pull_when_a_group_is_linked(local, remote, port, clusters, fi
         refused(end.ask, "unlink", 1)
         refused(end.ask, "query_register_mem_status", 1)
     refused(pulls, local, THEIRS)
+
+
+def test_members_whose_ids_have_64_bits(local, remote, port):
+    most, high = 2**64 - 1, 2**63
+    for end, cluster_id, number in ((local, most, 1), (remote, high, 2)):
+        end.open(cluster_id, listen=None, rendezvous_port=port)
+        end.add("give", desc([1, SIZE]), number)
+        end.add("take", desc([1, SIZE]), 99)
+        join(end, high, most)
+    for end, other, number in ((local, high, 2), (remote, most, 1)):
+        become(end, 1, OK)
+        end.manage("pull_cache", CacheKeyByIdAndIndex(other, 1), "take")
+        assert np.array_equal(end.content("take")[0], pattern(number, 0, SIZE))
 
 
 @pytest.mark.parity("engine.link")
@@ -148,9 +161,10 @@ def test_unlink_of_a_peer_that_is_gone(local, port):
         local.ask("unlink", 1)
 
 
-def test_a_table_without_ranks_fails_the_group(local):
+@pytest.mark.parametrize("text", [UNKNOWN, "{}", "null", '{"server_list": null}', '{"server_list": [null, {"device": [null]}]}'])
+def test_a_table_without_ranks_fails_the_group(local, text):
     engine = ready(local)
-    comm_id = engine.link("link", {3: 0, OURS: 1}, UNKNOWN)
+    comm_id = engine.link("link", {3: 0, OURS: 1}, text)
     become(local, comm_id, FAILED)
     assert "the rank table has no device" in engine.explain(3)
 
@@ -210,7 +224,17 @@ BAD_GROUPS = [
     (NAMES, "no JSON", LINK_FAILED),
     (NAMES, "[" * 20_000 + "]" * 20_000, LINK_FAILED),
     (NAMES, " " * (4 << 20) + "{}", LINK_FAILED),
+    *[(NAMES, text, LINK_FAILED) for text in ("[]", "1", '"text"', "\ud800", "{}\0")],
+    *[(NAMES, f'{{"server_list": {servers}}}', LINK_FAILED) for servers in ("{}", "[1]")],
+    (NAMES, '{"version": 1.0}', LINK_FAILED),
+    (NAMES, '{"version": "1.3"}', LINK_FAILED),
+    (NAMES, '{"server_list": [{"device": {}}]}', LINK_FAILED),
+    (NAMES, '{"server_list": [{"server_id": 1, "device": []}]}', LINK_FAILED),
     (NAMES, '{"server_list": [{"device": [{"rank_id": 0}]}]}', LINK_FAILED),
+    (NAMES, '{"server_list": [{"device": [{"rank_id": "-1"}]}]}', LINK_FAILED),
+    (NAMES, '{"server_list": [{"device": [{"rank_id": "4294967296"}]}]}', LINK_FAILED),
+    (NAMES, '{"server_list": [{"device": [{"rank_id": "0", "device_ip": 1}]}]}', LINK_FAILED),
+    (NAMES, '{"server_list": [{"device": [{"rank_id": "0"}]}, {"device": [{"rank_id": "00"}]}]}', LINK_FAILED),
     (NAMES, '{"server_list": [{"device": [{"rank_id": "1"}, {"rank_id": "1"}]}]}', LINK_FAILED),
 ]
 
@@ -265,10 +289,24 @@ def test_the_hixl_backend_has_no_groups(local):
 
 @pytest.mark.parity("manager.remap_registered_memory")
 def test_remap_needs_a_live_link(local, remote, port):
+    info = MemInfo(Memtype.MEM_TYPE_DEVICE, 1234, 1)
     start(local, OURS, port)
-    refused(local.engine._engine.memory_remap)
+    assert refused(local.manager.remap_registered_memory, info).operation == "remap_registered_memory"
     start(remote, THEIRS, port)
     for end in (local, remote):
         join(end, OURS, THEIRS)
     become(local, 1, OK)
-    local.engine._engine.memory_remap()
+    assert local.manager.remap_registered_memory(info) is None
+    local.ask("unlink", 1)
+    refused(local.manager.remap_registered_memory, [info])
+
+
+@pytest.mark.parity("manager.remap_registered_memory")
+def test_remap_with_a_link_of_link_clusters(local, remote):
+    info = MemInfo(Memtype.MEM_TYPE_DEVICE, 1234, 1)
+    local.open(OURS)
+    assert local.link(remote.open(THEIRS), THEIRS) is LLMStatusCode.LLM_SUCCESS
+    for given in (info, [info, info]):
+        assert local.manager.remap_registered_memory(given) is None
+    assert local.unlink(THEIRS) is LLMStatusCode.LLM_SUCCESS
+    refused(local.manager.remap_registered_memory, info)

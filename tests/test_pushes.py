@@ -202,6 +202,16 @@ def refusing(ends):
     return local, owner
 
 
+@pytest.mark.parity(
+    "manager.push_cache",
+    "manager.push_blocks",
+    "failure.unknown_local_cache",
+    "failure.unknown_remote",
+    "failure.local_bounds",
+    "failure.remote_bounds",
+    "failure.not_accessible",
+    "failure.not_linked",
+)
 def test_what_can_not_be_pushed_is_refused_and_moves_nothing(refusing):
     local, owner = refusing
     for call, args, kwargs, code, stage in REFUSED:
@@ -250,6 +260,7 @@ SIZE = 1 << 26
 LATE = 10 * 0.1  # seconds: ten times the 100 ms promised after the second in which a receiver may confirm
 
 
+@pytest.mark.parity("failure.deadline")
 def test_a_stopped_receiver_has_not_confirmed_and_later_calls_wait_for_it(local, owner):
     timeout = 0.5
     link(local, owner, one_sided=True, sync_kv_timeout=int(timeout * 1000))
@@ -288,13 +299,12 @@ def test_a_receiver_that_is_killed_ends_the_push(local, transport):
         first = int(ramp(SOURCE, 0, 8)[0])
         owner.run("end.tensors('d')[0][0] = byte", byte=~first & 0xFF)
         with owner.watched("d") as byte:
-            push = Background(local.manage, "push_cache", by_id(to), "s")
-            wait_until(lambda: byte(0) == first or not push.running(), "bytes arrive")
+            pushes = Background.until_it_fails(local.manage, "push_cache", by_id(to), "s")
+            wait_until(lambda: byte(0) == first or not pushes.running(), "bytes arrive")
             owner.kill()
-    try:
-        push.result()  # it was through
-    except LLMException as exc:
-        assert exc.status_code is FAILED and "peer died" in exc.cause, exc
+    with pytest.raises(LLMException) as failure:
+        pushes.result()
+    assert failure.value.status_code in (FAILED, NOT_YET_LINK) and "peer died" in failure.value.cause, failure.value
     refused(local.manage, "push_cache", by_id(to), "s", code=NOT_YET_LINK)
 
 
@@ -302,13 +312,12 @@ def test_an_unlink_during_a_push_ends_it(ends):
     local, owner = ends
     local.add("s", desc([1, SIZE], tensors=2), SOURCE, content=ramp)
     to = owner.add("d", desc([1, SIZE], tensors=2), TARGET, content=ramp)
-    push = Background(local.manage, "push_cache", by_id(to), "s")
-    wait_until(lambda: local.held() > 1 or not push.running(), "the engine knows of it")
+    pushes = Background.until_it_fails(local.manage, "push_cache", by_id(to), "s")
+    wait_until(lambda: local.held() > 1 or not pushes.running(), "the engine knows of one")
     assert local.unlink(THEIRS) is SUCCESS
-    try:
-        push.result()
-    except LLMException as exc:
-        assert exc.status_code in (FAILED, NOT_YET_LINK), exc
+    with pytest.raises(LLMException) as failure:
+        pushes.result()
+    assert failure.value.status_code in (FAILED, NOT_YET_LINK), failure.value
     wait_until(lambda: "dead" in owner.ask("explain", OURS), "the receiver has seen it")
     settled = owner.checksum("d")
     refused(local.manage, "push_cache", by_id(to), "s", code=NOT_YET_LINK)

@@ -249,6 +249,22 @@ def test_properties_overwrite_ge_options():
     assert config.options["other"] == "x"
 
 
+@pytest.mark.parity("config.ge_options")
+def test_ge_options_may_be_changed_in_place():
+    config = LLMConfig()
+    config.ge_options["ge.exec.rankId"] = "1"
+    assert config.generate_options()["ge.exec.rankId"] == "1"
+    config.ge_options = {"other": "x"}
+    config.ge_options["other"] = "y"
+    config.ge_options.update({"ge.flowGraphMemMaxSize": "1024"})
+    assert config.generate_options() == {
+        "llm.MemoryUtilization": "0.95",
+        "ge.exec.rankId": "1",
+        "other": "y",
+        "ge.flowGraphMemMaxSize": "1024",
+    }
+
+
 def test_ge_options_are_not_shared_between_configs():
     LLMConfig().ge_options["a"] = "b"
     assert LLMConfig().ge_options == {}

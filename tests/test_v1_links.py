@@ -30,7 +30,7 @@ from older import (
     settings,
     several,
 )
-from peers import ADDRESS, Background, cluster, desc, pattern, refused, wait_until
+from peers import ADDRESS, Background, Peer, cluster, desc, pattern, refused, wait_until
 
 ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 BUSY = LLMStatusCode.LLM_LINK_BUSY
@@ -133,6 +133,39 @@ def test_a_decoder_unlinks(process, address, decoder):
     decoder.link_clusters([good], 5000)
     assert decoder.unlink_clusters([no_address], 5000, True) == (SUCCESS, [SUCCESS])
     assert decoder.link_clusters([good], 5000) == (SUCCESS, [SUCCESS])
+
+
+def test_a_cluster_id_that_was_never_set_is_that_of_the_prompt(process, address, decoder):
+    process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, None)], 5000) == (SUCCESS, [SUCCESS])
+    cache = decoder.kv_cache_manager.allocate_cache(desc([1, 8]))
+    decoder.kv_cache_manager.pull_cache(KEY, cache)
+    assert np.array_equal(content(cache), pattern(1, 0, 8))
+    refused(decoder.unlink_clusters, [cluster(address, None)], 5000, error=TypeError)
+    assert decoder.unlink_clusters([cluster(address, PROMPT)], 5000) == (SUCCESS, [SUCCESS])
+
+
+@pytest.mark.usefixtures("transport", "quiet")
+def test_a_prompt_that_vanished_is_unlinked_by_its_id_and_its_successor_linked_again_on_the_same_objects():
+    by_id = LLMClusterInfo()
+    by_id.remote_cluster_id = PROMPT
+    engine, address = llm_datadist.LLMDataDist(LLMRole.DECODER, DECODER), ADDRESS
+    for life in range(3):
+        engine.init(settings())
+        code, codes = engine.unlink_clusters([by_id], 5000, True)  # not linked yet
+        assert (code, codes) == (SUCCESS, [NOT_YET_LINK])
+        for restart in range(2):
+            number = 2 * life + restart
+            with Peer() as process:
+                address = process.run(SERVE.replace(ADDRESS, address))
+                process.run(OFFER, described=desc([1, 8]), keys=[KEY], number=number)
+                assert engine.link_clusters([cluster(address, PROMPT)], 5000) == (SUCCESS, [SUCCESS])
+                cache = engine.kv_cache_manager.allocate_cache(desc([1, 8]))
+                engine.kv_cache_manager.pull_cache(KEY, cache)
+                assert np.array_equal(content(cache), pattern(number, 0, 8))
+                process.kill()
+            assert engine.unlink_clusters([by_id], 5000, True)[0] is SUCCESS
+        engine.finalize()
 
 
 def test_a_prompt_that_does_not_answer_has_not_been_told(process, address, decoder, quiet):

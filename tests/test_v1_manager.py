@@ -249,6 +249,41 @@ def test_memory_is_there_again_as_soon_as_a_peer_has_pulled(prompt, decoder):
     assert np.array_equal(content(cache), pattern(1, 0, 15 << 16))
 
 
+RETRY = """
+import threading
+from llm_datadist import LLMException, LLMStatusCode
+end.refusals, end.kept = threading.Event(), []
+
+def retry():
+    while not end.kept:
+        try:
+            end.kept.append(end.engine.kv_cache_manager.allocate_cache(described))
+        except LLMException as exc:
+            if exc.status_code is not LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY:
+                raise
+            end.refusals.set()
+
+end.retrying = threading.Thread(target=retry, daemon=True)
+end.retrying.start()
+assert end.refusals.wait(30)
+"""
+
+
+def test_a_loop_that_waits_for_memory_goes_on_as_soon_as_a_peer_has_pulled(prompt, decoder):
+    """The pull releases the key, and the prompt's next attempt has the memory, whatever else it does meanwhile."""
+    process, address = prompt
+    whole = desc([1, 15 << 16])
+    process.run(FILL_THE_BUDGET, described=whole, keys=[KEY], number=1)
+    assert decoder.link_clusters([cluster(address, PROMPT)], 5000)[0] is SUCCESS
+    cache = decoder.kv_cache_manager.allocate_cache(whole)
+    process.run(RETRY, described=whole)
+    assert process.run("result = (end.retrying.is_alive(), len(end.kept))") == (True, 0)
+    decoder.kv_cache_manager.pull_cache(KEY, cache)
+    assert process.run("end.retrying.join(30); result = (end.retrying.is_alive(), len(end.kept))") == (False, 1)
+    assert np.array_equal(content(cache), pattern(1, 0, 15 << 16))
+    process.run("end.kept.clear()")
+
+
 def test_layers_are_pulled_one_by_one(prompt, decoder):
     process, address = prompt
     process.run(OFFER, described=desc([1, 8], 4), keys=[KEY], number=1)

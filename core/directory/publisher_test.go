@@ -17,6 +17,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
 func TestWhatIsPublishedIsFoundUntilItIsWithdrawn(t *testing.T) {
@@ -312,7 +313,7 @@ func TestTheDeathOfAnOwnerIsSeenAtOnce(t *testing.T) {
 			ref := requireFound(t, pages, record(7, 3))
 			require.True(t, pages.Named(ref, Name{}))
 
-			require.NoError(t, owner.Process.Signal(unix.SIGSTOP))
+			testkit.Stop(t, owner.Process.Pid)
 			require.True(t, pages.Live(ref), "a stopped owner is none that is dead")
 			requireFound(t, pages, record(7, 3))
 			require.NoError(t, owner.Process.Signal(unix.SIGCONT))

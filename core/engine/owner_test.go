@@ -19,6 +19,7 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/cache"
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
@@ -169,6 +170,10 @@ func (o *owning) leave() {
 }
 
 func (o *owning) signal(what syscall.Signal) { require.NoError(o.t, o.command.Process.Signal(what)) }
+
+// stop stops the owner, and returns when it stands; resume lets it go on.
+func (o *owning) stop()   { testkit.Stop(o.t, o.command.Process.Pid) }
+func (o *owning) resume() { o.signal(syscall.SIGCONT) }
 
 // kill ends the owner at once, and returns when the process is gone.
 func (o *owning) kill() {

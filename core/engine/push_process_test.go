@@ -4,7 +4,6 @@ package engine
 
 import (
 	"bytes"
-	"syscall"
 	"testing"
 	"time"
 
@@ -66,7 +65,7 @@ func TestTwoProcessesPushToEachOther(t *testing.T) {
 func TestAStoppedProcessDoesNotConfirm(t *testing.T) {
 	overProcesses(t, func(t *testing.T, o *owning, p *pulling) {
 		require.NoError(t, p.pushBlocks(0, []uint64{1}, []uint64{2}, patient))
-		o.signal(syscall.SIGSTOP)
+		o.stop()
 		began := time.Now()
 		err := p.pushBlocks(0, []uint64{1}, []uint64{2}, 100*time.Millisecond)
 		e := requireCode(t, status.Timeout, err)
@@ -75,7 +74,7 @@ func TestAStoppedProcessDoesNotConfirm(t *testing.T) {
 		later := begin(func() error { return p.pushBlocks(0, []uint64{1}, []uint64{2}, patient) })
 		requireCode(t, status.Timeout, p.pull(p.call(0, []uint64{1}, []uint64{2}), 100*time.Millisecond))
 		require.False(t, later.ended())
-		o.signal(syscall.SIGCONT)
+		o.resume()
 		require.NoError(t, later.wait())
 		require.NoError(t, p.pull(p.call(0, []uint64{1}, []uint64{2}), patient))
 		p.close()

@@ -4,7 +4,6 @@ package engine
 
 import (
 	"context"
-	"syscall"
 	"testing"
 	"time"
 
@@ -55,7 +54,7 @@ func TestStoppedOwnerTakesNoPartInAPull(t *testing.T) {
 	for model := range call {
 		require.NoError(t, p.pull(call[model], patient)) // from here on the link knows what the keys mean
 	}
-	o.signal(syscall.SIGSTOP)
+	o.stop()
 	for model := range call {
 		clear(p.buffer.Bytes())
 		require.NoError(t, p.pull(call[model], patient))
@@ -64,7 +63,7 @@ func TestStoppedOwnerTakesNoPartInAPull(t *testing.T) {
 	ends := time.Now().Add(200 * time.Millisecond)
 	err := p.pull(p.call(7, []uint64{5}, []uint64{6}), time.Until(ends)) // only the owner knows that there is no such key
 	require.Equal(t, status.Timeout, status.CodeOf(err))
-	o.signal(syscall.SIGCONT)
+	o.resume()
 	require.Equal(t, status.CacheNotExist, status.CodeOf(p.pull(p.call(7, []uint64{5}, []uint64{6}), patient)))
 	p.close()
 	o.leave()

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
 func TestKilledProcessIsDead(t *testing.T) {
@@ -36,7 +38,7 @@ func TestStoppedProcessOnTheSameHostIsNotDead(t *testing.T) {
 	require.NoError(t, err)
 	l := a.mustLink(2)
 	require.True(t, l.Peer().SameHost, l.Peer().SameHostReason)
-	require.NoError(t, c.cmd.Process.Signal(syscall.SIGSTOP))
+	testkit.Stop(t, c.cmd.Process.Pid)
 	select {
 	case <-l.Dead():
 		require.Fail(t, "a stopped peer was taken for dead", "%v", l.Cause())
@@ -62,7 +64,7 @@ func TestSilentProcessOnAnotherHostIsDead(t *testing.T) {
 		require.Fail(t, "a peer that runs was taken for dead", "%v", l.Cause())
 	case <-time.After(3 * peerDead):
 	}
-	require.NoError(t, c.cmd.Process.Signal(syscall.SIGSTOP))
+	testkit.Stop(t, c.cmd.Process.Pid)
 	requireDead(t, l, patient)
 	require.ErrorContains(t, l.Cause(), "silent for 800ms")
 }

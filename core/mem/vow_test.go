@@ -21,22 +21,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/llm-datadist-open/llm-datadist/core/status"
+	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
 
-// stop stops the peer by SIGSTOP, and returns when it stands.
 func (p *peer) stop() {
 	p.t.Helper()
-	require.NoError(p.t, unix.Kill(p.pid(), unix.SIGSTOP))
-	var stopped unix.WaitStatus
-	for {
-		_, err := unix.Wait4(p.pid(), &stopped, unix.WUNTRACED, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		require.NoError(p.t, err)
-		break
-	}
-	require.True(p.t, stopped.Stopped())
+	testkit.Stop(p.t, p.pid())
 }
 
 // playVow vows in the middle of its pages, and does what it is told.

@@ -1,14 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package testkit is what the tests of several packages look at: what they have left behind, and whether the race detector is on.
-// Tests alone import it, and it imports nothing of ours.
+// Package testkit is what the tests of several packages share: what they look at at their end, a child that stands still, and whether the
+// race detector is on. Tests alone import it, and it imports nothing of ours.
 package testkit
 
 import (
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 )
+
+// Stop stops a child by SIGSTOP and returns when all its threads stand: the signal alone says nothing of when that will be, and until then
+// the child goes on working.
+func Stop(t testing.TB, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	var stopped syscall.WaitStatus
+	_, err := syscall.Wait4(pid, &stopped, syscall.WUNTRACED, nil)
+	for err == syscall.EINTR {
+		_, err = syscall.Wait4(pid, &stopped, syscall.WUNTRACED, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !stopped.Stopped() {
+		t.Fatalf("the child has not stopped: %#x", stopped)
+	}
+}
 
 // Descriptors counts the open descriptors of this process, that of the look among them.
 func Descriptors(t testing.TB) int {
