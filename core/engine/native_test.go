@@ -100,6 +100,15 @@ func TestWhatTheLibraryRefusesIsStreamed(t *testing.T) {
 		require.NoError(w.t, puller.pull(owner, normal(7), dst, all()))
 		dst.requireContent(src.content())
 
+		row, into := owner.register(rows(2, 1, 120), two[1]).fill(4), puller.register(blocks(2, 4, 40))
+		pieces := all()
+		pieces.DstBlocks = []uint64{2, 0, 3}
+		want := into.after(pieces, row.content(), row.desc, 0)
+		puller.object.Interpose(onCall("Register", func() error { return errOfLibrary }))
+		require.NoError(w.t, puller.pull(owner, normal(8), into, pieces), "a row into blocks, for which there is no stage")
+		into.requireContent(want)
+		puller.object.Interpose(onCall("Pull", func() error { return errOfLibrary }))
+
 		known := puller.register(rows(2, 1, 1000))
 		requireCode(w.t, status.Failed, puller.pull(owner, normal(7), known, all()))
 		require.NoError(w.t, owner.pull(puller, byID(dst, 0), src.fill(3), all()), "what the owner's library does not know")

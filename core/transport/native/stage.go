@@ -3,11 +3,11 @@
 package native
 
 import (
+	"fmt"
 	"math/bits"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/plan"
-	"github.com/llm-datadist-open/llm-datadist/core/status"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
@@ -20,7 +20,7 @@ const stageAlignment = 512
 // stage is device memory that is registered with the library.
 type stage struct {
 	memory mem.Memory
-	shape  plan.Shape // one row as long as the source's, by which the library finds that
+	shape  plan.Shape // one row
 	id     int64
 }
 
@@ -43,7 +43,10 @@ func (s *Session) stageJob(j *job, req *transport.Request, local transport.Local
 		return err
 	}
 	j.staged, j.into = true, local.Backing
-	row := r.Shape.Stride
+	row := bytes
+	if r.Batch > 0 { // the library finds the peer's row by the length of ours
+		row = r.Shape.Stride
+	}
 	j.shape = plan.Shape{Kind: plan.Contiguous, Tensors: tensors, TensorBytes: row, Stride: row, Count: 1}
 	j.transfer.Bytes, j.transfer.LocalRow = bytes, 0
 	if !j.transfer.SrcTensors.All {
@@ -60,7 +63,8 @@ func (s *Session) stageJob(j *job, req *transport.Request, local transport.Local
 	return nil
 }
 
-// stageOf returns a stage of a shape, the one of the pull before where that will do. Called with the token.
+// stageOf returns a stage of a shape, the one of the pull before where that will do. Where there is no memory for it, or the library does not
+// take it, the pull is streamed. Called with the token.
 func (s *Session) stageOf(shape plan.Shape) (*stage, error) {
 	if s.stage != nil && s.stage.shape == shape {
 		return s.stage, nil
@@ -71,11 +75,11 @@ func (s *Session) stageOf(shape plan.Shape) (*stage, error) {
 	}
 	over, bytes := bits.Mul64(uint64(shape.Tensors), tensorStep(shape.Stride))
 	if over != 0 {
-		return nil, status.New(status.OutOfMemory, status.StageTransfer, "a stage for rows beyond all memory")
+		return nil, errStreamed
 	}
 	memory, err := s.cfg.Device.Reserve(bytes)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errStreamed, err)
 	}
 	addrs := make([]uintptr, shape.Tensors)
 	for i := range addrs {
@@ -84,7 +88,7 @@ func (s *Session) stageOf(shape plan.Shape) (*stage, error) {
 	id, err := s.cfg.Hub.Register(shape, true, addrs)
 	if err != nil {
 		_ = memory.Close() // nobody has seen it
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errStreamed, err)
 	}
 	s.stage = &stage{memory: memory, shape: shape, id: id}
 	return s.stage, nil
