@@ -43,9 +43,10 @@ void Link::answer_on(Socket socket) {
   });
 }
 
-void Link::ask_on(Socket socket) {
+void Link::ask_on(Socket socket, const std::function<void(Socket &)> &say) {
   std::lock_guard<std::mutex> lock(guard_);
   asking_ = std::move(socket);
+  say(asking_);
 }
 
 void Link::answer() {

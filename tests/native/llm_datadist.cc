@@ -256,8 +256,8 @@ void LlmDataDist::Engine::welcome(Socket socket) {
   const std::shared_ptr<Link> link = find(hello.cluster_id);
   const Welcome answer{status, id_};
   if (hello.purpose == Purpose::kAnswer && link != nullptr) {
-    socket.write(answer, deadline);
-    link->ask_on(std::move(socket));
+    // Who hears the answer may transfer at once, in both directions.
+    link->ask_on(std::move(socket), [&](Socket &open) { open.write(answer, deadline); });
     return;
   }
   socket.write(answer, deadline);

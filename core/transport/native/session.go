@@ -260,8 +260,17 @@ func (s *Session) perform(ctx context.Context, j *job) error {
 	return nil
 }
 
-// transfer makes one pull of the library's. The library knows nothing that its peer has registered since the first transfer over their link,
-// which the lease says is there: the link is then made anew, once, and so it is where the library has lost it. Called with the token.
+// missed says that the library does not find what the lease says is there: its peer's cache, since it knows nothing that was registered after
+// the first transfer over their link, or the link, of which the peer may be making another one for that reason.
+func missed(err error) bool {
+	switch status.CodeOf(err) {
+	case status.CacheNotExist, status.NotYetLink, status.SuspectRemoteError:
+		return err != nil
+	}
+	return false
+}
+
+// transfer makes one pull of the library's. Where the library misses something the link is made anew, once. Called with the token.
 func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 	e := s.end
 	if e.suspect {
@@ -270,7 +279,7 @@ func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 		}
 	}
 	err := s.cfg.Hub.library.Pull(t)
-	if code := status.CodeOf(err); err != nil && (code == status.CacheNotExist || code == status.NotYetLink) {
+	if missed(err) {
 		if err := s.relink(ctx); err != nil {
 			return err
 		}
@@ -282,7 +291,7 @@ func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 	}
 	e.say("its last transfer has failed: " + err.Error())
 	switch status.CodeOf(err) {
-	case status.Timeout, status.Failed: // documented: what has timed out is to be linked anew
+	case status.Timeout, status.Failed, status.SuspectRemoteError: // documented: what has timed out is to be linked anew
 		e.suspect = true
 	case status.NotYetLink: // of the library's link; ours lives
 		e.suspect = true
