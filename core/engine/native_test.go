@@ -52,6 +52,32 @@ func TestWhatWasRegisteredAfterTheFirstTransferIsPulled(t *testing.T) {
 	})
 }
 
+// Both ends pull what the other one has just registered: each makes the other one's transfers meet links that are made anew.
+func TestBothEndsPullWhatIsNewAtOnce(t *testing.T) {
+	overTheLibrary(t, func(w *world) {
+		a, b := w.pair()
+		const pullers, rounds = 3, 15
+		together(2*pullers, func(i int) {
+			from, to := a, b
+			if i%2 == 1 {
+				from, to = b, a
+			}
+			dst := to.register(rows(2, 1, 1000))
+			for round := range rounds {
+				src := from.register(rows(2, 1, 1000)).fill(uint64(i*rounds + round))
+				if err := to.pull(from, byID(src, 0), dst, all()); err != nil {
+					t.Errorf("puller %d, round %d: %v", i, round, err)
+					return
+				}
+				if !dst.equals(src.content()) {
+					t.Errorf("puller %d, round %d: wrong bytes", i, round)
+				}
+				src.remove()
+			}
+		})
+	})
+}
+
 func TestAPushIsPulledByTheReceiversLibrary(t *testing.T) {
 	overTheLibrary(t, func(w *world) {
 		receiver, pusher := w.pair(oneSided)
@@ -73,11 +99,17 @@ func TestALinkOfTheLibraryThatIsLostIsMadeAnew(t *testing.T) {
 		src, dst := owner.register(rows(2, 1, 1000), two[0]).fill(1), puller.register(rows(2, 1, 1000))
 		require.NoError(w.t, puller.pull(owner, normal(7), dst, all()))
 		puller.object.Break(owner.object.Name())
-		e := requireCode(w.t, status.Failed, puller.pull(owner, normal(7), dst, all()))
-		require.Contains(w.t, e.Cause, "broken")
-		require.Contains(w.t, puller.Explain(1), "broken")
-		require.NoError(w.t, puller.pull(owner, normal(7), dst, all()), "our link lives, and has another of the library's")
+		require.NoError(w.t, puller.pull(owner, normal(7), dst.fill(8), all()), "our link lives, and has another of the library's")
 		dst.requireContent(src.content())
+
+		puller.object.Interpose(onCall("Pull", func() error { return errOfLibrary }))
+		made := puller.object.Made()
+		requireCode(w.t, status.Failed, puller.pull(owner, normal(7), dst, all()))
+		require.Contains(w.t, puller.Explain(1), errOfLibrary.Cause)
+		puller.object.Interpose(nil)
+		require.NoError(w.t, puller.pull(owner, normal(7), dst.fill(7), all()))
+		dst.requireContent(src.content())
+		require.Equal(w.t, made+1, puller.object.Made(), "one that has failed is not used again")
 
 		require.NoError(w.t, puller.object.Unlink(owner.object.Name()))
 		require.NoError(w.t, puller.pull(owner, normal(7), dst.fill(9), all()), "where the library says that there is none, at once")

@@ -216,7 +216,7 @@ func (o *Object) Pull(t *native.Transfer) error {
 		return err
 	}
 	if l.broken.Load() {
-		return status.New(status.Failed, status.StageTransfer, "the connection is broken")
+		return status.New(status.SuspectRemoteError, status.StageTransfer, "the connection is broken")
 	}
 	return o.copy(l.peer, src, dst, pieces)
 }
