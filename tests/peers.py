@@ -406,9 +406,12 @@ class Peer:
                 raise self._lost(f"{what}: the peer ended with {self.process.returncode}")
             self._pending += chunk
 
+    def written(self) -> str:
+        """Return what the process has written to standard output and standard error, its log too."""
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
+
     def _lost(self, what: str) -> AssertionError:
-        self._log.seek(0)
-        return AssertionError(f"{what}; it has written:\n{self._log.read().decode(errors='replace')}")
+        return AssertionError(f"{what}; it has written:\n{self.written()}")
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = ANSWER_SECONDS) -> Any:

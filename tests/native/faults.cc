@@ -63,6 +63,14 @@ int standin_plan(const char *faults) {
   return plan(faults) ? 0 : -1;
 }
 
+int standin_forget(void) {
+  std::lock_guard<std::mutex> lock(planning);
+  read_environment();
+  const auto unused = static_cast<int>(planned.size());
+  planned.clear();
+  return unused;
+}
+
 StandinFault standin_take(const char *entry) {
   std::lock_guard<std::mutex> lock(planning);
   read_environment();

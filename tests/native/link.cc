@@ -43,10 +43,10 @@ void Link::answer_on(Socket socket) {
   });
 }
 
-void Link::ask_on(Socket socket, const std::function<void(Socket &)> &say) {
+void Link::ask_on(Socket socket, const std::function<void(Socket &)> &welcome) {
   std::lock_guard<std::mutex> lock(guard_);
+  welcome(socket);
   asking_ = std::move(socket);
-  say(asking_);
 }
 
 void Link::answer() {

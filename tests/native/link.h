@@ -31,9 +31,9 @@ class Link {
   // end waits for the transfer that is under way and closes both connections. It may be called more than once.
   void end();
 
-  // answer_on and ask_on each take one of the two connections. say is for what goes out on it before the first transfer can.
+  // answer_on and ask_on each take one of the two connections. A transfer that begins once the peer was welcomed finds its connection.
   void answer_on(Socket socket);
-  void ask_on(Socket socket, const std::function<void(Socket &)> &say = [](Socket &) {});
+  void ask_on(Socket socket, const std::function<void(Socket &)> &welcome);
 
   // live tells whether the peer has not gone away.
   bool live() const { return !gone_; }

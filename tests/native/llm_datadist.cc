@@ -256,8 +256,7 @@ void LlmDataDist::Engine::welcome(Socket socket) {
   const std::shared_ptr<Link> link = find(hello.cluster_id);
   const Welcome answer{status, id_};
   if (hello.purpose == Purpose::kAnswer && link != nullptr) {
-    // Who hears the answer may transfer at once, in both directions.
-    link->ask_on(std::move(socket), [&](Socket &open) { open.write(answer, deadline); });
+    link->ask_on(std::move(socket), [&](Socket &asking) { asking.write(answer, deadline); });
     return;
   }
   socket.write(answer, deadline);
@@ -316,7 +315,7 @@ Status each_of(const std::vector<ClusterInfo> &clusters, std::vector<Status> &re
   for (size_t begin = 0; begin < clusters.size(); begin += kLinkThreads) {
     std::vector<std::thread> threads;
     for (size_t i = begin; i < std::min(begin + kLinkThreads, clusters.size()); i++) {
-      threads.emplace_back([&, i] { each[i] = standin::as_planned("link", [&] { return call(clusters[i]); }); });
+      threads.emplace_back([&, i] { each[i] = call(clusters[i]); });
     }
     for (std::thread &thread : threads) thread.join();
   }
@@ -339,7 +338,9 @@ Status LlmDataDist::Engine::link(const std::vector<ClusterInfo> &clusters, std::
   check_ready();
   check_clusters(clusters, timeout_ms);
   const Deadline deadline = in_millis(timeout_ms);
-  return each_of(clusters, rets, [&](const ClusterInfo &cluster) { return link_one(cluster, deadline); });
+  return each_of(clusters, rets, [&](const ClusterInfo &cluster) {
+    return standin::as_planned("link", [&] { return link_one(cluster, deadline); });
+  });
 }
 
 Status LlmDataDist::Engine::link_one(const ClusterInfo &cluster, Deadline deadline) {
@@ -358,7 +359,7 @@ Status LlmDataDist::Engine::link_one(const ClusterInfo &cluster, Deadline deadli
     hello.purpose = Purpose::kAnswer;
     auto [answering, again] = dial(cluster, hello, deadline);
     auto link = std::make_shared<Link>(caches);
-    link->ask_on(std::move(asking));
+    link->ask_on(std::move(asking), [](Socket &) {});
     link->answer_on(std::move(answering));
     forget(welcome.cluster_id);
     std::lock_guard<std::mutex> lock(guard_);

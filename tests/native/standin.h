@@ -18,6 +18,9 @@ extern "C" {
 // peer). Numbers may be hexadecimal.
 __attribute__((visibility("default"))) int standin_plan(const char *faults);
 
+// standin_forget drops what is planned and was not used, and returns how many failures these were.
+__attribute__((visibility("default"))) int standin_forget(void);
+
 // standin_waiting counts the calls that stall or are late now; standin_release ends their waits.
 __attribute__((visibility("default"))) int standin_waiting(void);
 __attribute__((visibility("default"))) void standin_release(void);

@@ -291,7 +291,8 @@ func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 	}
 	e.say("its last transfer has failed: " + err.Error())
 	switch status.CodeOf(err) {
-	case status.Timeout, status.Failed, status.SuspectRemoteError: // documented: what has timed out is to be linked anew
+	// Documented: what has timed out is to be linked anew. And a link whose peer was under suspicion would stay so.
+	case status.Timeout, status.WaitTimeout, status.SuspectRemoteError, status.Failed:
 		e.suspect = true
 	case status.NotYetLink: // of the library's link; ours lives
 		e.suspect = true
