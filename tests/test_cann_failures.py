@@ -474,6 +474,22 @@ def test_a_cache_that_its_owner_frees_under_the_call_is_pulled_whole(linked: Pai
     pull.refused(NOT_EXIST)
 
 
+def test_a_link_that_the_library_does_not_make_in_time_is_no_link(pair: Pair) -> None:
+    pair.owner.open(THEIRS, mem_pool_cfg=POOL)
+    pair.puller.open(OURS, listen=None, mem_pool_cfg=POOL)
+    address = pair.owner.ask("listen_address")
+    plan(pair.puller, f"LinkLlmClusters=stall:0:{STALL}")
+    began = time.monotonic()
+    assert pair.puller.link(address, THEIRS, SYNC) is TIMEOUT
+    assert time.monotonic() - began < CALL_SECONDS
+    control(pair.puller, "release()")
+    assert pair.puller.link(address, THEIRS) is SUCCESS
+    assert pair.puller.told(THEIRS)["transport"] == "cann"
+    pull = Pull(pair)
+    pull()
+    pull.brought()
+
+
 def test_finalize_does_not_wait_for_a_call_that_does_not_return(hasty: Pair) -> None:
     puller = hasty.puller
     pull = Pull(hasty)
@@ -539,6 +555,31 @@ def test_a_cache_that_the_library_refuses_is_streamed(linked: Pair, end: str, en
     assert "(0x00012345)" in last
     known = Pull(linked, entry, name="'")
     known.refused(FAILED, "(0x00012345)")
+
+
+def test_a_cache_that_the_library_does_not_let_go_of_is_gone(linked: Pair) -> None:
+    owner = linked.owner
+    pull = Pull(linked)
+    pull()
+    plan(owner, "UnregisterKvCache=fail:0x12345")
+    owner.drop("source")
+    warning = "the vendor's library keeps a registration"
+    wait_until(
+        lambda: any(warning in line and "(0x00012345)" in line for line in owner.written().splitlines()), "the log says so"
+    )
+    pull.refused(NOT_EXIST)
+    again = Pull(linked, name="'")
+    again()
+    again.brought()
+
+
+def test_what_the_owners_library_refuses_is_the_code_of_the_pull(linked: Pair) -> None:
+    pull = Pull(linked)
+    plan(linked.owner, f"serve=fail:{LLMStatusCode.LLM_DEVICE_MEM_ERROR.value}")
+    pull.refused(LLMStatusCode.LLM_DEVICE_MEM_ERROR)
+    pull.brought_nothing()
+    pull()
+    pull.brought()
 
 
 # ---- copies
