@@ -179,6 +179,49 @@ func TestACallThatOutlivesItsDeadlineKeepsWhatItMayWrite(t *testing.T) {
 	})
 }
 
+// Callers use their block lists again when a call has returned, whatever the library still does.
+func TestACallThatOutlivesItsDeadlineHasListsOfItsOwn(t *testing.T) {
+	overTheLibrary(t, func(w *world) {
+		owner, puller := w.pair()
+		src, dst := owner.register(blocks(2, 4, 100), paged...).fill(1), puller.register(blocks(2, 4, 100)).fill(2)
+		p := all()
+		p.SrcBlocks, p.DstBlocks = []uint64{0, 2}, []uint64{3, 1}
+		want := dst.after(p, src.content(), src.desc, 0)
+		late := blocked(puller.object)
+		ctx, cancel := context.WithCancel(context.Background())
+		pull := begin(func() error { return puller.pullWithin(ctx, owner, blocksKey(3), dst, p) })
+		late.await(w.t, pull)
+		cancel()
+		requireCode(w.t, status.Failed, pull.wait())
+		copy(p.SrcBlocks, []uint64{1, 3})
+		copy(p.DstBlocks, []uint64{0, 2})
+		close(late.proceed)
+		w.eventually(func() bool { return puller.Stats().Uses == 0 }, "the library has returned")
+		dst.requireContent(want)
+	})
+}
+
+// A stage takes memory of the device's and a registration. Where it can't be had the row into blocks is streamed.
+func TestARowIntoBlocksWithoutAStageIsStreamed(t *testing.T) {
+	overTheLibrary(t, func(w *world) {
+		owner, puller := w.pair()
+		src, dst := owner.register(rows(2, 1, 400), two[0]).fill(1), puller.register(blocks(2, 6, 100))
+		held := puller.device.Held()
+		puller.object.Interpose(onCall("Register", func() error { return errOfLibrary }))
+		p := all()
+		p.DstBlocks = []uint64{5, 0, 3, 1}
+		want := dst.after(p, src.content(), src.desc, 0)
+		require.NoError(w.t, puller.pull(owner, normal(7), dst, p))
+		dst.requireContent(want)
+		require.Equal(w.t, held, puller.device.Held(), "a stage that the library refuses goes back")
+
+		puller.object.Interpose(nil)
+		require.NoError(w.t, puller.pull(owner, normal(7), dst, p))
+		dst.requireContent(want)
+		require.Equal(w.t, held+1, puller.device.Held(), "the stage of the next one")
+	})
+}
+
 func TestFinalizeLeavesMemoryToACallThatDoesNotReturn(t *testing.T) {
 	overTheLibrary(t, func(w *world) {
 		owner, puller := w.pair(func(o *Options) { o.SyncTimeout = 10 * time.Millisecond })

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
@@ -181,7 +182,8 @@ func (s *Session) job(req *transport.Request, local transport.Local, r *transpor
 		if r.Shape.Stride != req.Local.Stride {
 			return nil, errStreamed
 		}
-		t.SrcBlocks, t.DstBlocks, t.RemoteRow, t.LocalRow = p.SrcBlocks, p.DstBlocks, 0, 0
+		// Copies, since a call of the library may outlive the caller's, whose lists are used again.
+		t.SrcBlocks, t.DstBlocks, t.RemoteRow, t.LocalRow = slices.Clone(p.SrcBlocks), slices.Clone(p.DstBlocks), 0, 0
 	case len(p.DstBlocks) > 0:
 		return j, s.stageJob(j, req, local, r)
 	case p.Whole:
@@ -244,8 +246,8 @@ func (s *Session) perform(ctx context.Context, j *job) error {
 		return s.transfer(ctx, &j.transfer)
 	}
 	st, err := s.stageOf(j.shape)
-	if err != nil {
-		return err
+	if err != nil { // such as OutOfMemory: to stream takes none of the device's
+		return fmt.Errorf("%w: %w", errStreamed, err)
 	}
 	j.transfer.Local = st.id
 	if err := s.transfer(ctx, &j.transfer); err != nil {
