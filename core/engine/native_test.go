@@ -299,6 +299,8 @@ func TestEnginesWithoutTheLibrary(t *testing.T) {
 		n := w.node("alone", 1)
 		_, err = n.attachLibrary(link.Peer{Card: []byte{0xff}}, nil)
 		require.ErrorContains(w.t, err, "read what the peer says")
+		_, err = n.attachLibrary(link.Peer{Card: []byte{0xa0}, Incarnation: link.Incarnation{1}}, nil)
+		require.ErrorContains(w.t, err, "not of its incarnation")
 		_, err = n.attachLibrary(link.Peer{Card: []byte{0xa0}, Local: "127.0.0.1:1", Address: "nowhere"}, nil)
 		require.Error(w.t, err)
 	})
