@@ -131,10 +131,14 @@ func (e *Engine) attachLibrary(peer link.Peer, control *tcp.Session) (transport.
 	if err != nil {
 		return nil, err
 	}
+	until := peer.Until
+	if e.options.required() != nameCANN {
+		until = native.InTime(until)
+	}
 	session, err := native.NewSession(native.Config{
 		Hub: e.hub, Control: control, Device: e.parts.Device, Peer: theirs.Name,
 		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), theirs.Port), Local: local.Addr().Unmap(), Dials: peer.Dialed,
-	}, peer.Until)
+	}, until)
 	if err != nil {
 		return nil, err
 	}

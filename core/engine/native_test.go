@@ -131,6 +131,41 @@ func TestALinkWhoseLibraryHasNoneGoesOverTCP(t *testing.T) {
 	})
 }
 
+// A library whose link takes for ever, such as over a port that somebody filters, leaves time to link and to pull without it.
+func TestALinkOfTheLibraryThatIsNotMadeInTimeIsDoneWithout(t *testing.T) {
+	const enough = 2 * time.Second
+	overTheLibrary(t, func(w *world) {
+		either := func(o *Options) { o.Transport = "auto" }
+		owner, puller := w.node("owner", 1, either), w.node("puller", 2, either)
+		proceed := make(chan struct{})
+		silent := onCall("Link", func() error { <-proceed; return errOfLibrary })
+		puller.object.Interpose(silent)
+		link := func() error {
+			ctx, stop := within(enough)
+			defer stop()
+			return puller.LinkClusters(ctx, []Cluster{owner.cluster()})[0]
+		}
+		require.NoError(w.t, link())
+		require.Contains(w.t, puller.Explain(1), "transport: tcp")
+		close(proceed)
+		require.NoError(w.t, puller.unlink(owner, false))
+
+		puller.object.Interpose(nil)
+		require.NoError(w.t, link())
+		require.Contains(w.t, puller.Explain(1), "transport: cann")
+		require.NoError(w.t, puller.object.Unlink(owner.object.Name()))
+		require.NoError(w.t, owner.object.Unlink(puller.object.Name()))
+		proceed = make(chan struct{})
+		puller.object.Interpose(silent)
+		src, dst := puller.register(rows(2, 1, 1000), two[0]).fill(1), owner.register(rows(2, 1, 1000))
+		short, stop := within(enough)
+		defer stop()
+		require.NoError(w.t, owner.pullWithin(short, puller, normal(7), dst, all()))
+		dst.requireContent(src.content())
+		close(proceed)
+	})
+}
+
 // blocked has the object's next pulls begin and wait.
 func blocked(o *library.Object) stalled {
 	s := stalled{make(chan struct{}), make(chan struct{})}

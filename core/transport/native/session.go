@@ -267,13 +267,13 @@ func (s *Session) perform(ctx context.Context, j *job) error {
 func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 	e := s.end
 	if e.suspect {
-		if err := s.relink(ctx); err != nil {
+		if err := s.relinkInTime(ctx); err != nil {
 			return err
 		}
 	}
 	err := s.cfg.Hub.library.Pull(t)
 	if code := status.CodeOf(err); err != nil && (code == status.CacheNotExist || code == status.NotYetLink) {
-		if err := s.relink(ctx); err != nil {
+		if err := s.relinkInTime(ctx); err != nil {
 			return err
 		}
 		err = s.cfg.Hub.library.Pull(t)
@@ -291,6 +291,24 @@ func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 		return status.Newf(status.Failed, status.StageTransfer, "the vendor's library has lost its link again: %w", err)
 	}
 	return err
+}
+
+// InTime is when to give a link of the library's up, so that something is left of the time until deadline for doing without. Zero is zero.
+func InTime(deadline time.Time) time.Time {
+	if deadline.IsZero() {
+		return deadline
+	}
+	return deadline.Add(-time.Until(deadline) / 4)
+}
+
+// relinkInTime is relink for who can do without.
+func (s *Session) relinkInTime(ctx context.Context) error {
+	if deadline, ok := ctx.Deadline(); ok {
+		within, done := context.WithDeadline(ctx, InTime(deadline))
+		defer done()
+		ctx = within
+	}
+	return s.relink(ctx)
 }
 
 // Relink implements transport.Relinker.
