@@ -22,6 +22,9 @@ import (
 // The transport cann: links, keys, leases and errors are the engine's, and a vendor's library moves the bytes. Caches are registered with
 // the library when they are made, and its own link is made and dropped with ours.
 
+// nameOf is what the library calls an engine's object. Cluster ids need not differ, incarnations do.
+func nameOf(incarnation link.Incarnation) uint64 { return binary.LittleEndian.Uint64(incarnation[:]) }
+
 // openLibrary makes the engine's object of the vendor's library, where there is one and no other transport is required.
 func (e *Engine) openLibrary(incarnation link.Incarnation) error {
 	required := e.options.required()
@@ -36,8 +39,7 @@ func (e *Engine) openLibrary(incarnation link.Incarnation) error {
 	if required != "" && required != nameCANN {
 		return nil
 	}
-	// Cluster ids need not differ, incarnations do.
-	library, err := e.parts.Library(binary.LittleEndian.Uint64(incarnation[:]))
+	library, err := e.parts.Library(nameOf(incarnation))
 	if err == nil {
 		e.hub = native.NewHub(library)
 		e.table.Leaving(e.dismiss)
@@ -118,6 +120,9 @@ func (e *Engine) attachLibrary(peer link.Peer, control *tcp.Session) (transport.
 	if err := cards.Unmarshal(peer.Card, &theirs); err != nil {
 		return nil, fmt.Errorf("read what the peer says of its object: %w", err)
 	}
+	if theirs.Name != nameOf(peer.Incarnation) { // under another one's name it would get at that one's link
+		return nil, fmt.Errorf("the peer's object is called %#x, which is not of its incarnation", theirs.Name)
+	}
 	local, err := netip.ParseAddrPort(peer.Local)
 	if err != nil {
 		return nil, err
@@ -126,10 +131,14 @@ func (e *Engine) attachLibrary(peer link.Peer, control *tcp.Session) (transport.
 	if err != nil {
 		return nil, err
 	}
+	until := peer.Until
+	if e.options.required() != nameCANN {
+		until = native.InTime(until)
+	}
 	session, err := native.NewSession(native.Config{
 		Hub: e.hub, Control: control, Device: e.parts.Device, Peer: theirs.Name,
 		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), theirs.Port), Local: local.Addr().Unmap(), Dials: peer.Dialed,
-	}, peer.Until)
+	}, until)
 	if err != nil {
 		return nil, err
 	}

@@ -172,6 +172,41 @@ func TestALinkWhoseLibraryHasNoneGoesOverTCP(t *testing.T) {
 	})
 }
 
+// A library whose link takes for ever, such as over a port that somebody filters, leaves time to link and to pull without it.
+func TestALinkOfTheLibraryThatIsNotMadeInTimeIsDoneWithout(t *testing.T) {
+	const enough = 2 * time.Second
+	overTheLibrary(t, func(w *world) {
+		either := func(o *Options) { o.Transport = "auto" }
+		owner, puller := w.node("owner", 1, either), w.node("puller", 2, either)
+		proceed := make(chan struct{})
+		silent := onCall("Link", func() error { <-proceed; return errOfLibrary })
+		puller.object.Interpose(silent)
+		link := func() error {
+			ctx, stop := within(enough)
+			defer stop()
+			return puller.LinkClusters(ctx, []Cluster{owner.cluster()})[0]
+		}
+		require.NoError(w.t, link())
+		require.Contains(w.t, puller.Explain(1), "transport: tcp")
+		close(proceed)
+		require.NoError(w.t, puller.unlink(owner, false))
+
+		puller.object.Interpose(nil)
+		require.NoError(w.t, link())
+		require.Contains(w.t, puller.Explain(1), "transport: cann")
+		require.NoError(w.t, puller.object.Unlink(owner.object.Name()))
+		require.NoError(w.t, owner.object.Unlink(puller.object.Name()))
+		proceed = make(chan struct{})
+		puller.object.Interpose(silent)
+		src, dst := puller.register(rows(2, 1, 1000), two[0]).fill(1), owner.register(rows(2, 1, 1000))
+		short, stop := within(enough)
+		defer stop()
+		require.NoError(w.t, owner.pullWithin(short, puller, normal(7), dst, all()))
+		dst.requireContent(src.content())
+		close(proceed)
+	})
+}
+
 // blocked has the object's next pulls begin and wait.
 func blocked(o *library.Object) stalled {
 	s := stalled{make(chan struct{}), make(chan struct{})}
@@ -217,6 +252,49 @@ func TestACallThatOutlivesItsDeadlineKeepsWhatItMayWrite(t *testing.T) {
 		w.eventually(func() bool { return owner.Stats().Leases == 0 }, "the lease has ended")
 		require.NoError(w.t, puller.pull(owner, normal(7), other, all()), "a pull that failed has released no key")
 		other.requireContent(src.content())
+	})
+}
+
+// Callers use their block lists again when a call has returned, whatever the library still does.
+func TestACallThatOutlivesItsDeadlineHasListsOfItsOwn(t *testing.T) {
+	overTheLibrary(t, func(w *world) {
+		owner, puller := w.pair()
+		src, dst := owner.register(blocks(2, 4, 100), paged...).fill(1), puller.register(blocks(2, 4, 100)).fill(2)
+		p := all()
+		p.SrcBlocks, p.DstBlocks = []uint64{0, 2}, []uint64{3, 1}
+		want := dst.after(p, src.content(), src.desc, 0)
+		late := blocked(puller.object)
+		ctx, cancel := context.WithCancel(context.Background())
+		pull := begin(func() error { return puller.pullWithin(ctx, owner, blocksKey(3), dst, p) })
+		late.await(w.t, pull)
+		cancel()
+		requireCode(w.t, status.Failed, pull.wait())
+		copy(p.SrcBlocks, []uint64{1, 3})
+		copy(p.DstBlocks, []uint64{0, 2})
+		close(late.proceed)
+		w.eventually(func() bool { return puller.Stats().Uses == 0 }, "the library has returned")
+		dst.requireContent(want)
+	})
+}
+
+// A stage takes memory of the device's and a registration. Where it can't be had the row into blocks is streamed.
+func TestARowIntoBlocksWithoutAStageIsStreamed(t *testing.T) {
+	overTheLibrary(t, func(w *world) {
+		owner, puller := w.pair()
+		src, dst := owner.register(rows(2, 1, 400), two[0]).fill(1), puller.register(blocks(2, 6, 100))
+		held := puller.device.Held()
+		puller.object.Interpose(onCall("Register", func() error { return errOfLibrary }))
+		p := all()
+		p.DstBlocks = []uint64{5, 0, 3, 1}
+		want := dst.after(p, src.content(), src.desc, 0)
+		require.NoError(w.t, puller.pull(owner, normal(7), dst, p))
+		dst.requireContent(want)
+		require.Equal(w.t, held, puller.device.Held(), "a stage that the library refuses goes back")
+
+		puller.object.Interpose(nil)
+		require.NoError(w.t, puller.pull(owner, normal(7), dst, p))
+		dst.requireContent(want)
+		require.Equal(w.t, held+1, puller.device.Held(), "the stage of the next one")
 	})
 }
 
@@ -297,6 +375,8 @@ func TestEnginesWithoutTheLibrary(t *testing.T) {
 		n := w.node("alone", 1)
 		_, err = n.attachLibrary(link.Peer{Card: []byte{0xff}}, nil)
 		require.ErrorContains(w.t, err, "read what the peer says")
+		_, err = n.attachLibrary(link.Peer{Card: []byte{0xa0}, Incarnation: link.Incarnation{1}}, nil)
+		require.ErrorContains(w.t, err, "not of its incarnation")
 		_, err = n.attachLibrary(link.Peer{Card: []byte{0xa0}, Local: "127.0.0.1:1", Address: "nowhere"}, nil)
 		require.Error(w.t, err)
 	})

@@ -166,15 +166,19 @@ func (e *end) leave(tidy func()) {
 		defer e.pass()
 		tidy()
 		h.mu.Lock()
-		last := e.sessions == 0
-		if last && h.ends[e.peer] == e {
-			delete(h.ends, e.peer)
-		}
+		last := e.sessions == 0 && h.ends[e.peer] == e
 		h.mu.Unlock()
 		if !last {
 			return nil
 		}
-		return h.library.Unlink(e.peer)
+		err := h.library.Unlink(e.peer)
+		e.suspect = true // for who has joined meanwhile, and waits for the token
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if e.sessions == 0 {
+			delete(h.ends, e.peer)
+		}
+		return err
 	})
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()

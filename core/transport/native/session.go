@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
@@ -181,7 +182,8 @@ func (s *Session) job(req *transport.Request, local transport.Local, r *transpor
 		if r.Shape.Stride != req.Local.Stride {
 			return nil, errStreamed
 		}
-		t.SrcBlocks, t.DstBlocks, t.RemoteRow, t.LocalRow = p.SrcBlocks, p.DstBlocks, 0, 0
+		// Copies, since a call of the library may outlive the caller's, whose lists are used again.
+		t.SrcBlocks, t.DstBlocks, t.RemoteRow, t.LocalRow = slices.Clone(p.SrcBlocks), slices.Clone(p.DstBlocks), 0, 0
 	case len(p.DstBlocks) > 0:
 		return j, s.stageJob(j, req, local, r)
 	case p.Whole:
@@ -274,13 +276,13 @@ func missed(err error) bool {
 func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 	e := s.end
 	if e.suspect {
-		if err := s.relink(ctx); err != nil {
+		if err := s.relinkInTime(ctx); err != nil {
 			return err
 		}
 	}
 	err := s.cfg.Hub.library.Pull(t)
 	if missed(err) {
-		if err := s.relink(ctx); err != nil {
+		if err := s.relinkInTime(ctx); err != nil {
 			return err
 		}
 		err = s.cfg.Hub.library.Pull(t)
@@ -299,6 +301,24 @@ func (s *Session) transfer(ctx context.Context, t *Transfer) error {
 		return status.Newf(status.Failed, status.StageTransfer, "the vendor's library has lost its link again: %w", err)
 	}
 	return err
+}
+
+// InTime is when to give a link of the library's up, so that something is left of the time until deadline for doing without. Zero is zero.
+func InTime(deadline time.Time) time.Time {
+	if deadline.IsZero() {
+		return deadline
+	}
+	return deadline.Add(-time.Until(deadline) / 4)
+}
+
+// relinkInTime is relink for who can do without.
+func (s *Session) relinkInTime(ctx context.Context) error {
+	if deadline, ok := ctx.Deadline(); ok {
+		within, done := context.WithDeadline(ctx, InTime(deadline))
+		defer done()
+		ctx = within
+	}
+	return s.relink(ctx)
 }
 
 // Relink implements transport.Relinker.
@@ -338,7 +358,10 @@ func (s *Session) relink(ctx context.Context) error {
 		err = s.ask(ctx)
 	}
 	if err != nil {
-		e.suspect, e.refused, e.again = true, err, time.Now().Add(askAgainAfter)
+		e.suspect = true
+		if !errors.Is(ctx.Err(), context.Canceled) { // who gave up has not seen that it can't be made
+			e.refused, e.again = err, time.Now().Add(askAgainAfter)
+		}
 		e.say("none: " + err.Error())
 		return fmt.Errorf("%w: %w", errUnlinked, err)
 	}

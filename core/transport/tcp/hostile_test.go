@@ -40,19 +40,20 @@ func TestABrokenProtocolEndsTheSessionWithItsCause(t *testing.T) {
 		bytes func(dst *cache) []byte // sent while the pull with the number 1 is under way
 		cause string
 	}{
-		"unknown kind":    {func(*cache) []byte { return oversized(99, 0) }, "unknown kind"},
-		"zeros":           {func(*cache) []byte { return make([]byte, 100) }, "unknown kind"},
-		"huge data":       {func(*cache) []byte { return oversized(kindData, maxFrame+1) }, "longer than its kind"},
-		"empty data":      {func(*cache) []byte { return oversized(kindData, 0) }, "empty data"},
-		"huge request":    {func(*cache) []byte { return oversized(kindRequest, 1<<32-1) }, "longer than its kind"},
-		"long cancel":     {func(*cache) []byte { return oversized(kindCancel, 1) }, "longer than its kind"},
-		"long fail":       {func(*cache) []byte { return oversized(kindFail, maxCause+1) }, "longer than its kind"},
-		"short request":   {func(*cache) []byte { return frameOf(header{kind: kindRequest}, make([]byte, 20)) }, "too short"},
-		"lists that lie":  {func(*cache) []byte { return frameOf(header{kind: kindRequest}, lists(1<<32-1, 1<<32-1)) }, "do not fill it"},
-		"short entry":     {func(*cache) []byte { return frameOf(header{kind: kindEntry, operation: 1}, make([]byte, 71)) }, "entry of a wrong size"},
-		"data unasked":    {func(*cache) []byte { return dataFrame(1, 0, make([]byte, 10), 0) }, "data before its entry"},
-		"data beyond":     {func(dst *cache) []byte { return append(entryFrame(1, dst), dataFrame(1, 99_999, []byte{1, 2}, 0)...) }, "beyond the end"},
-		"data far beyond": {func(dst *cache) []byte { return append(entryFrame(1, dst), dataFrame(1, 1<<64-1, []byte{1, 2}, 0)...) }, "beyond the end"},
+		"unknown kind":               {func(*cache) []byte { return oversized(99, 0) }, "unknown kind"},
+		"zeros":                      {func(*cache) []byte { return make([]byte, 100) }, "unknown kind"},
+		"huge data":                  {func(*cache) []byte { return oversized(kindData, maxFrame+1) }, "longer than its kind"},
+		"empty data":                 {func(*cache) []byte { return oversized(kindData, 0) }, "empty data"},
+		"huge request":               {func(*cache) []byte { return oversized(kindRequest, 1<<32-1) }, "longer than its kind"},
+		"long cancel":                {func(*cache) []byte { return oversized(kindCancel, 1) }, "longer than its kind"},
+		"long fail":                  {func(*cache) []byte { return oversized(kindFail, maxCause+1) }, "longer than its kind"},
+		"short request":              {func(*cache) []byte { return frameOf(header{kind: kindRequest}, make([]byte, 20)) }, "too short"},
+		"lists that lie":             {func(*cache) []byte { return frameOf(header{kind: kindRequest}, lists(1<<32-1, 1<<32-1)) }, "do not fill it"},
+		"short entry":                {func(*cache) []byte { return frameOf(header{kind: kindEntry, operation: 1}, make([]byte, 71)) }, "entry of a wrong size"},
+		"an entry without the lease": {func(dst *cache) []byte { return entryFrame(1, dst) }, "without the lease that was asked for"},
+		"data unasked":               {func(*cache) []byte { return dataFrame(1, 0, make([]byte, 10), 0) }, "data before its entry"},
+		"data beyond":                {func(dst *cache) []byte { return append(entryFrame(1, dst), dataFrame(1, 99_999, []byte{1, 2}, 0)...) }, "beyond the end"},
+		"data far beyond":            {func(dst *cache) []byte { return append(entryFrame(1, dst), dataFrame(1, 1<<64-1, []byte{1, 2}, 0)...) }, "beyond the end"},
 		"same request twice": {func(dst *cache) []byte {
 			f := frameOf(header{kind: kindRequest, operation: 5, a: 1000}, request(dst))
 			return append(f, f...)
@@ -91,7 +92,9 @@ func TestABrokenProtocolEndsTheSessionWithItsCause(t *testing.T) {
 			o.offer(1, &offer{cache: big, acquire: func(*source, int64) bool { <-held; return true }})
 			o.offer(2, &offer{cache: big, consumes: true})
 			o.takes(untilTheEnd)
-			result := pulling(s, context.Background(), rows(1, dst), dst)
+			req := rows(1, dst)
+			req.Lease = name == "an entry without the lease"
+			result := pulling(s, context.Background(), req, dst)
 			raw.expect(kindRequest, 1)
 			if name == "same request twice" || name == "done of what is no lease" {
 				// The lane's receiver sends the first answer itself where nobody else does: keep the sender busy with it.

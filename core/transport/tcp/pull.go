@@ -540,6 +540,9 @@ func (s *Session) entry(h header, body []byte) error {
 	if p.push {
 		return protocolError("an entry for a push")
 	}
+	if p.req.Lease && !e.leased {
+		return protocolError("an entry without the lease that was asked for")
+	}
 	p.planMu.Lock()
 	defer p.planMu.Unlock()
 	p.mu.Lock()
