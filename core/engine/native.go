@@ -101,23 +101,11 @@ func (e *Engine) card() []byte {
 	return text
 }
 
-// cards refuses everything that a card has no use for.
-var cards = func() cbor.DecMode {
-	mode, err := cbor.DecOptions{
-		DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
-		MaxNestedLevels: 4, MaxArrayElements: 16, MaxMapPairs: 16,
-	}.DecMode()
-	if err != nil {
-		panic(err) // the options are constants
-	}
-	return mode
-}()
-
 // attachLibrary makes the session of a link whose bytes the library moves, and the library's own link where we dialed. It takes control over,
 // but where it fails.
 func (e *Engine) attachLibrary(peer link.Peer, control *tcp.Session) (transport.Session, error) {
 	var theirs card
-	if err := cards.Unmarshal(peer.Card, &theirs); err != nil {
+	if err := transport.ReadTerms(peer.Card, &theirs); err != nil {
 		return nil, fmt.Errorf("read what the peer says of its object: %w", err)
 	}
 	if theirs.Name != nameOf(peer.Incarnation) { // under another one's name it would get at that one's link

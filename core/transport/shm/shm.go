@@ -21,6 +21,7 @@ import (
 
 	"github.com/llm-datadist-open/llm-datadist/core/directory"
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
+	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
 // offer is what a gift says of its descriptors, which are the directory's and then one for each pool.
@@ -34,24 +35,12 @@ type offer struct {
 // maxPools bounds what a peer may have us map: an engine has one pool for each placement.
 const maxPools = 4
 
-// decoding refuses everything that an offer has no use for.
-var decoding = func() cbor.DecMode {
-	mode, err := cbor.DecOptions{
-		DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
-		MaxNestedLevels: 4, MaxArrayElements: 16, MaxMapPairs: 16,
-	}.DecMode()
-	if err != nil {
-		panic(err) // the options above are constants
-	}
-	return mode
-}()
-
 func readOffer(b []byte) (offer, error) {
 	var o offer
 	if len(b) == 0 {
 		return o, errors.New("the peer offers no memory")
 	}
-	if err := decoding.Unmarshal(b, &o); err != nil {
+	if err := transport.ReadTerms(b, &o); err != nil {
 		return o, fmt.Errorf("read what the peer offers: %w", err)
 	}
 	if len(o.Pools) > maxPools || len(o.Canary) != len(mem.Process{}.Canary) {
