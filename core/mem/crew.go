@@ -118,7 +118,7 @@ func mostAtOnce(method Method) uint64 {
 
 // copyAlone is Copy without helpers.
 func copyAlone(ctx context.Context, moves []Move, total uint64, method Method) error {
-	at, most := place{moves: moves}, mostAtOnce(method)
+	at, most, calls := place{moves: moves}, mostAtOnce(method), !byStores(method)
 	var stint Stint
 	stint.Begin()
 	for from := uint64(0); from < total; from += most {
@@ -129,7 +129,9 @@ func copyAlone(ctx context.Context, moves []Move, total uint64, method Method) e
 		if err := method.Copy(at.moves, from-at.before, min(most, total-from)); err != nil {
 			return err
 		}
-		stint.GiveWay()
+		if calls {
+			stint.GiveWay()
+		}
 	}
 	return nil
 }
@@ -306,7 +308,7 @@ func (j *job) await() {
 
 // work copies what nobody has taken, until nothing is left or something fails.
 func (j *job) work() {
-	at := place{moves: j.moves}
+	at, calls := place{moves: j.moves}, !byStores(j.method)
 	var stint Stint
 	stint.Begin()
 	for {
@@ -326,7 +328,9 @@ func (j *job) work() {
 			j.fail(err)
 			return
 		}
-		stint.GiveWay()
+		if calls {
+			stint.GiveWay()
+		}
 	}
 }
 

@@ -228,6 +228,9 @@ func (c *Conn) Park() {
 	c.poller.unlist(c.fd)
 }
 
+// Rouse ends Park where somebody is parked.
+func (c *Conn) Rouse() { c.poller.rouse(c.fd) }
+
 // Watch says whether what comes is to wake who is parked, now and later. It is not where somebody else receives.
 func (c *Conn) Watch(on bool) {
 	c.mu.Lock()

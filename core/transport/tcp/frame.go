@@ -39,7 +39,7 @@ const (
 	kindCancel    frameKind = 5 // initiator: nothing more is wanted
 	kindDone      frameKind = 6 // initiator: every byte has arrived; a: first tensor, b: tensors | parts<<32 (all: flagAll)
 	kindConfirmed frameKind = 7 // owner: DONE was seen; a: 0, or the status code where the lease had ended before. Also: a push has succeeded
-	kindJoin      frameKind = 8 // initiator: an operation that was asked for on another connection may use this one too
+	kindJoin      frameKind = 8 // initiator: an operation that was asked for on another connection may use this one too; a: its bytes, about
 	kindPush      frameKind = 9 // pusher: body is a push; a: deadline in ms from now; the peer answers with CONFIRMED or FAIL
 )
 

@@ -163,6 +163,7 @@ func (l *lane) handle(h header, body []byte) error {
 	case kindConfirmed:
 		s.confirmed(h)
 	case kindJoin:
+		l.rx.apart = h.a > apartAbove
 		l.push()
 	case kindPush:
 		return s.pushed(l, h, body)

@@ -3,8 +3,10 @@
 package tcp
 
 import (
+	"bytes"
 	"context"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -402,4 +404,46 @@ func algorithmOf(t *testing.T, c net.Conn) (name string) {
 	}))
 	require.NoError(t, err)
 	return name
+}
+
+func TestOwnersReceiversAreParkedWhileMuchIsSent(t *testing.T) {
+	check(t)
+	a, b := loopbackConns(t, 2)
+	o := newOwner(t)
+	newSession(t, b, o)
+	first, second := newRaw(t, a[0]), newRaw(t, a[1])
+	large, small := newCache(t, plan.Contiguous, 1, 1, 2*apartAbove).randomize(1), newCache(t, plan.Contiguous, 1, 1, 1000).randomize(2)
+	o.offer(1, &offer{cache: large})
+	o.offer(2, &offer{cache: small})
+	parked := func() (count int) {
+		p := b[0].(*Conn).poller
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.parked)
+	}
+
+	first.request(1, flagOneLane, settleTime, rows(1, large))
+	second.send(header{kind: kindJoin, operation: 1, a: 2 * apartAbove}, nil)
+	first.expect(kindEntry, 1) // what comes next is not read: the owner is in the middle of it
+	require.Eventually(t, func() bool { return parked() == 2 }, settleTime, time.Millisecond)
+	second.request(2, flagOneLane, settleTime, rows(2, small))
+	second.expect(kindEntry, 2)
+	_, body := second.expect(kindData, 2)
+	require.Equal(t, small.content()[0], body[:1000], "who is parked hears of a request")
+	second.send(header{kind: kindJoin, operation: 1, a: 2 * apartAbove}, nil)
+	require.Eventually(t, func() bool { return parked() == 2 }, settleTime, time.Millisecond)
+	unparked := make(chan struct{})
+	go func() {
+		defer close(unparked)
+		for parked() > 0 {
+			runtime.Gosched()
+		}
+	}()
+	var got []byte
+	for len(got) < 2*apartAbove {
+		h, body := first.expect(kindData, 1)
+		got = append(got, body[:h.length]...)
+	}
+	receiveFrom(t, unparked) // the next request is near
+	require.True(t, bytes.Equal(large.content()[0], got))
 }

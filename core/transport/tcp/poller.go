@@ -3,19 +3,25 @@
 package tcp
 
 import (
+	"errors"
+	"os"
 	"sync"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/llm-datadist-open/llm-datadist/core/mem"
 )
 
-// poller waits for all parked connections of the process with one thread. It lives as long as there are connections.
-// It is not Go's own network poller: that one is told of every packet of an active connection too.
+// poller waits for all parked connections of the process. It lives as long as there are connections.
+// It is not Go's own network poller: that one is told of every packet of an active connection too. But that one waits for it, as for any
+// file, since a goroutine that waits in a system call of its own has Go's monitor wake every 20 us for a while (see mem.Stint).
 type poller struct {
-	epoll, wakeup int
-	stopped       chan struct{}
-	users         int // guarded by shared.mu
+	file    *os.File // an epoll
+	epoll   int      // its descriptor
+	stopped chan struct{}
+	users   int // guarded by shared.mu
 
 	mu     sync.Mutex // guards parked
 	parked map[int]chan struct{}
@@ -46,32 +52,21 @@ func newPoller() (*poller, error) {
 	if err != nil {
 		return nil, err
 	}
-	wakeup, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		_ = unix.Close(epoll)
+	p := &poller{epoll: epoll, stopped: make(chan struct{}), parked: map[int]chan struct{}{}}
+	err = unix.SetNonblock(epoll, true) // Go waits for a file only where reading it never blocks
+	p.file = os.NewFile(uintptr(epoll), "epoll")
+	raw, connErr := p.file.SyscallConn()
+	if err := errors.Join(err, connErr, p.file.SetReadDeadline(time.Time{}), mem.Track(epoll)); err != nil { // no deadline: Go can't wait
+		p.close()
 		return nil, err
 	}
-	p := &poller{epoll: epoll, wakeup: wakeup, stopped: make(chan struct{}), parked: map[int]chan struct{}{}}
-	event := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(wakeup)}
-	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, wakeup, &event); err != nil {
-		p.closeDescriptors()
-		return nil, err
-	}
-	for _, fd := range []int{epoll, wakeup} {
-		if err := mem.Track(fd); err != nil {
-			p.closeDescriptors()
-			return nil, err
-		}
-	}
-	go p.run()
+	go p.run(raw)
 	return p, nil
 }
 
-func (p *poller) closeDescriptors() {
-	for _, fd := range []int{p.epoll, p.wakeup} {
-		mem.Untrack(fd)
-		_ = unix.Close(fd)
-	}
+func (p *poller) close() {
+	mem.Untrack(p.epoll)
+	_ = p.file.Close()
 }
 
 // release gives up one use; the last one stops the poller and waits for it.
@@ -82,27 +77,28 @@ func (p *poller) release() {
 		return
 	}
 	shared.poller = nil
-	one := [8]byte{1}
-	_, _ = unix.Write(p.wakeup, one[:]) // an eventfd takes 8 bytes unless its counter is full, which wakes as well
+	p.close()
 	<-p.stopped
-	p.closeDescriptors()
 }
 
-func (p *poller) run() {
+// run ends when the file is closed. Nothing is parked any more then.
+func (p *poller) run(raw syscall.RawConn) {
 	defer close(p.stopped)
 	events := make([]unix.EpollEvent, 64)
-	for {
-		n, err := unix.EpollWait(p.epoll, events, -1)
-		if err != nil && err != unix.EINTR {
-			return // a closed epoll: nothing is parked any more
-		}
-		for _, e := range events[:max(n, 0)] {
-			if int(e.Fd) == p.wakeup {
-				return
+	_ = raw.Read(func(fd uintptr) (done bool) {
+		for { // until there is no more: Go is told of what is new alone
+			n, err := unix.EpollWait(int(fd), events, 0)
+			switch {
+			case err == unix.EINTR:
+				continue
+			case n <= 0:
+				return false
 			}
-			p.rouse(int(e.Fd))
+			for _, e := range events[:n] {
+				p.rouse(int(e.Fd))
+			}
 		}
-	}
+	})
 }
 
 // list returns a channel that is closed when fd is roused and, where it is watched, when it is readable or closed by its peer.

@@ -230,7 +230,8 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 	if local.Backing == mem.BackingDevice {
 		p.stream.device = s.cfg.Device
 	}
-	if p.led = p.resolve || len(s.lanes) == 1 || wantedBytes(req) <= stripeAbove; p.led {
+	wanted := wantedBytes(req)
+	if p.led = p.resolve || len(s.lanes) == 1 || wanted <= stripeAbove; p.led {
 		flags |= flagOneLane
 		p.lane = s.freeLane(p.lane)
 	}
@@ -244,7 +245,7 @@ func (s *Session) start(deadline time.Time, req *transport.Request, local transp
 		return nil, err
 	}
 	if !p.led {
-		s.join(p)
+		s.join(p, wanted)
 	}
 	return p, nil
 }
@@ -287,10 +288,10 @@ func wantedBytes(req *transport.Request) float64 {
 }
 
 // join has the owner's receivers of the other lanes woken while it plans: they send their part themselves.
-func (s *Session) join(p *pull) {
+func (s *Session) join(p *pull, wanted float64) {
 	for _, l := range s.lanes {
 		if l != p.lane {
-			s.tell(l, header{kind: kindJoin, operation: p.id})
+			s.tell(l, header{kind: kindJoin, operation: p.id, a: uint64(wanted)})
 		}
 	}
 }

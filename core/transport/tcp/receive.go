@@ -35,9 +35,10 @@ type receiving struct {
 	body       *mem.Buffer // of a control frame that the fixed buffer does not hold
 	filled     int         // of body
 	led        bool        // the last frame was for a pull whose caller may receive itself
+	apart      bool        // the last frame has asked for so much that the next one is some milliseconds away
 
 	active
-	stint   mem.Stint
+	sitting
 	request transport.Request
 }
 
@@ -81,16 +82,19 @@ func (l *lane) attend() error {
 		l.rx.request = transport.Request{} // its block lists can have megabytes
 		l.rest()
 	}()
-	l.seat.take()
-	defer l.seat.leave() // a parked connection has no thread
-	l.rx.stint.Begin()
-	for rounds, since := 0, time.Now(); rounds < idleRounds; {
+	l.rx.take(&l.seat)
+	defer l.rx.leave() // a parked connection has no thread
+	since := time.Now()
+	if l.rx.apart {
+		l.rx.apart, since = false, time.Time{} // the peer still has to take in what was sent
+	}
+	for rounds := 0; rounds < idleRounds; {
 		if l.callers.Load() > 0 {
 			return nil
 		}
 		n, err := 0, error(nil)
 		if l.rx.between() {
-			if n, err = l.poll(since); n == 0 && err == nil && (l.rx.led || l.callers.Load() > 0) {
+			if n, err = l.poll(since); n == 0 && err == nil && (l.rx.led || l.callers.Load() > 0 || l.rx.apart) {
 				return nil
 			}
 		}
@@ -130,7 +134,7 @@ func (l *lane) poll(since time.Time) (int, error) {
 
 // worthPolling is polls, except where large frames come from a sender on the same core: polling would take its time.
 func (l *lane) worthPolling(since time.Time) bool {
-	return !(l.seat.kept && l.session.planned.Load() > 0) && l.session.polls(since)
+	return !(l.seat.kept && l.session.planned.Load() > 0) && !l.rx.apart && l.session.polls(since)
 }
 
 // sendPoked sends what another lane has told this one of.
@@ -242,7 +246,7 @@ func (l *lane) step(block bool) (int, error) {
 		}
 	}
 	if block {
-		rx.stint.GiveWay() // after what others may wait for
+		rx.giveWay() // after what others may wait for
 	}
 	if err != nil || n == 0 {
 		return 0, err
@@ -444,7 +448,7 @@ func (l *lane) digestBody() (whole bool, err error) {
 		return false, nil
 	}
 	rx.phase, rx.body = atHeader, nil
-	rx.led = h.kind.answers() && l.session.leads(h.operation)
+	rx.led, rx.apart = h.kind.answers() && l.session.leads(h.operation), false
 	err = l.handle(h, body)
 	if large != nil {
 		_ = large.Free() // see Session.Close

@@ -33,7 +33,7 @@ type sending struct {
 	entry          uint64 // bytes of the entry frame, 0 where it has gone before
 	copied         bool   // the payload lies in stage
 	active
-	stint mem.Stint
+	sitting
 }
 
 // answers reports that such a frame is said because of a frame of the peer's.
@@ -119,12 +119,11 @@ func (l *lane) sendLoop() {
 		case <-l.session.closing:
 			return
 		}
-		l.seat.take()
 		l.sendMu.Lock()
-		l.tx.stint.Begin()
+		l.tx.take(&l.seat)
 		err := l.pump(true)
+		l.tx.leave()
 		l.sendMu.Unlock()
-		l.seat.leave()
 		if err != nil {
 			l.session.broke(err)
 			return
@@ -164,7 +163,7 @@ func (l *lane) pump(block bool) error {
 		case err != nil:
 			return err
 		case block:
-			l.tx.stint.GiveWay()
+			l.tx.giveWay()
 		default:
 			if pushed += n; n == 0 || pushed >= pushBytes {
 				return errWouldBlock

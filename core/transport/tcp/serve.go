@@ -43,6 +43,9 @@ type serve struct {
 const (
 	// stripeAbove is what is worth a second connection: below it one system call moves everything.
 	stripeAbove = 256 << 10
+	// apartAbove takes so long, some milliseconds at least, that the owner's receivers are parked meanwhile. It costs the next request,
+	// and a cancel, one more change of threads.
+	apartAbove = 32 << 20
 	// leastChunk keeps the frames of a striped operation from becoming many and small.
 	leastChunk = 128 << 10
 )
@@ -78,6 +81,7 @@ func (s *Session) request(l *lane, h header, body []byte) error {
 		s.refuse(l, h.operation, status.From(err, status.StageCheck))
 		return nil
 	}
+	l.rx.apart = v.total > apartAbove
 	return s.admit(v)
 }
 
@@ -249,8 +253,25 @@ func (s *Session) chunkDone(v *serve) {
 	}
 	settle := v.mayRest()
 	s.mu.Unlock()
+	if sent && v.total > apartAbove {
+		s.unpark()
+	}
 	if settle {
 		v.settle()
+	}
+}
+
+// roused is a connection of which one who is parked on it can be told to go on.
+type roused interface {
+	Rouse()
+}
+
+// unpark has receivers that are parked receive again.
+func (s *Session) unpark() {
+	for _, l := range s.lanes {
+		if c, ok := l.conn.(roused); ok {
+			c.Rouse()
+		}
 	}
 }
 
