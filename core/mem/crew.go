@@ -8,6 +8,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // Crew copies on several threads: on the goroutine that asks, and on helpers that are parked between copies and shared by all of them.
@@ -41,6 +44,11 @@ const (
 	// patience is how long the caller looks for the end of its helpers, giving way to others, before it blocks: about what a goroutine
 	// that blocks takes to wake.
 	patience = 50 * time.Microsecond
+	// partAbove is what a helper leaves the caller's core for: it takes some hundred us on one.
+	partAbove = 4 << 20
+	// partYields is how often the caller lets others run while no helper has come, after claims of partClaim.
+	partYields = 8
+	partClaim  = 256 << 10
 	// patientRounds bounds the same where no time passes, in a synctest bubble.
 	patientRounds = 1000
 )
@@ -70,7 +78,13 @@ func (c *Crew) Copy(ctx context.Context, moves []Move, total uint64, method Meth
 		j.claimed.Store(total)
 		err = c.finish(j)
 	}()
-	j.work()
+	var stint Stint
+	stint.Begin()
+	yields := partYields
+	if total < partAbove {
+		yields = 0
+	}
+	j.work(&stint, yields)
 	return nil
 }
 
@@ -166,6 +180,7 @@ type job struct {
 	moves  []Move
 	total  uint64
 	method Method
+	core   int    // that the caller was on; -1: not known, or it does not matter
 	shares uint64 // twice the number of threads: what is left is claimed in that many parts
 	most   uint64 // bytes of one claim
 
@@ -202,6 +217,9 @@ func (c *Crew) open(ctx context.Context, moves []Move, total uint64, method Meth
 	}
 	j.ctx, j.moves, j.total, j.method, j.err = ctx, moves, total, method, nil
 	j.shares, j.most = 2*uint64(helpers+1), mostAtOnce(method)
+	if j.core = -1; total >= partAbove {
+		j.core = currentCore()
+	}
 	j.claimed.Store(0)
 	j.helpers.Store(int32(helpers))
 	j.state.Store((j.state.Load()>>jobEpochShift+1)<<jobEpochShift | jobOpen)
@@ -252,12 +270,38 @@ func (c *Crew) startHelpers() {
 
 // help is the life of a helper.
 func (c *Crew) help() {
+	var stint Stint
+	var cores, home unix.CPUSet
 	for i := range c.invites {
 		if i.job.join(i.epoch) {
-			i.job.work()
+			stint.Begin()
+			i.job.part(&stint, &cores, &home)
+			i.job.work(&stint, 0)
 			i.job.leave()
+			stint.Leave()
 		}
 	}
+}
+
+// part has a helper that finds itself on the caller's core go to another one. Where the machine is busy the kernel does not look for an
+// idle core when it wakes a thread, and with few cores moves it to one after some milliseconds, which for most copies is too late.
+func (j *job) part(stint *Stint, cores, home *unix.CPUSet) {
+	if j.core < 0 || currentCore() != j.core || unix.SchedGetaffinity(0, home) != nil {
+		return
+	}
+	*cores = *home
+	if cores.Clear(j.core); cores.Count() > 0 {
+		stint.Keep(cores, home)
+	}
+}
+
+// currentCore is the core that the calling thread is on, or -1.
+func currentCore() int {
+	var core uint32
+	if _, _, errno := unix.RawSyscall(unix.SYS_GETCPU, uintptr(unsafe.Pointer(&core)), 0, 0); errno != 0 {
+		return -1
+	}
+	return int(core)
 }
 
 // join makes the caller a member, unless the job has ended. A member may use the job until it leaves.
@@ -306,11 +350,10 @@ func (j *job) await() {
 	}
 }
 
-// work copies what nobody has taken, until nothing is left or something fails.
-func (j *job) work() {
+// work copies what nobody has taken, until nothing is left or something fails. A thread that was woken and has to wait for the caller's
+// core gets it after a claim, for so many claims as yields says.
+func (j *job) work(stint *Stint, yields int) {
 	at, calls := place{moves: j.moves}, !byStores(j.method)
-	var stint Stint
-	stint.Begin()
 	for {
 		if j.claimed.Load() == j.total {
 			return
@@ -319,7 +362,11 @@ func (j *job) work() {
 			j.fail(err)
 			return
 		}
-		from, bytes := j.claim()
+		most := j.most
+		if yields > 0 {
+			most = min(most, partClaim)
+		}
+		from, bytes := j.claim(most)
 		if bytes == 0 {
 			return
 		}
@@ -331,16 +378,23 @@ func (j *job) work() {
 		if calls {
 			stint.GiveWay()
 		}
+		if yields > 0 {
+			if yields--; j.state.Load()&jobMembers > 0 {
+				yields = 0
+			} else {
+				_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // not Go's: the thread is bound to this goroutine's
+			}
+		}
 	}
 }
 
-// claim takes the next bytes of the list: a share of what is left, so that claims are large at first and small at the end, where
+// claim takes the next bytes of the list, at most so many: a share of what is left, so that claims are large at first and small at the end, where
 // threads wait for one another.
-func (j *job) claim() (from, bytes uint64) {
+func (j *job) claim(most uint64) (from, bytes uint64) {
 	for {
 		from = j.claimed.Load()
 		left := j.total - from
-		bytes = min(max(left/j.shares&^(leastClaim-1), leastClaim), j.most, left)
+		bytes = min(max(left/j.shares&^(leastClaim-1), leastClaim), most, left)
 		if bytes == 0 || j.claimed.CompareAndSwap(from, from+bytes) {
 			return from, bytes
 		}

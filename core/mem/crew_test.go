@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/llm-datadist-open/llm-datadist/core/testkit"
 )
@@ -87,7 +88,7 @@ func TestClaimsCoverTheListOnceAndShrink(t *testing.T) {
 			j := job{total: total, shares: shares, most: mostCallClaim}
 			next, previous := uint64(0), uint64(mostCallClaim)
 			for {
-				from, bytes := j.claim()
+				from, bytes := j.claim(j.most)
 				if bytes == 0 {
 					break
 				}
@@ -218,7 +219,7 @@ func TestInvitesEndWithTheirJob(t *testing.T) {
 	j.leave()
 	require.False(t, j.join(epoch+1))
 	require.False(t, j.join(epoch-1))
-	j.work()
+	j.work(new(Stint), 0)
 	require.NoError(t, c.finish(j))
 	require.False(t, j.join(epoch))
 	require.Nil(t, j.ctx)
@@ -462,4 +463,68 @@ func TestNoMeasurementMakesHelpersSilly(t *testing.T) {
 	require.False(t, Measured{Plain: 5}.prefersStreams(), "there are none")
 	require.False(t, Measured{Plain: 100, Streaming: 90}.prefersStreams())
 	require.True(t, Measured{Plain: 100, Streaming: 91}.prefersStreams())
+}
+
+func TestAHelperLeavesTheCoreOfItsCaller(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before, cores, home, now unix.CPUSet
+	require.NoError(t, unix.SchedGetaffinity(0, &before))
+	if before.Count() < 2 {
+		t.Skip("there is one core alone")
+	}
+	for range 20 {
+		j := &job{core: currentCore()}
+		require.True(t, before.IsSet(j.core))
+		var stint Stint
+		for ; stint.thread == 0; j.core = currentCore() { // the kernel may have moved us
+			j.part(&stint, &cores, &home)
+		}
+		require.Equal(t, before, home)
+		require.Equal(t, before.Count()-1, cores.Count())
+		require.True(t, cores.IsSet(currentCore()), "it has left")
+		require.NoError(t, unix.SchedGetaffinity(0, &now))
+		require.Equal(t, cores, now)
+		stint.Leave()
+		require.NoError(t, unix.SchedGetaffinity(0, &now))
+		require.Equal(t, before, now)
+	}
+	var stint Stint
+	(&job{core: -1}).part(&stint, &cores, &home)
+	require.Zero(t, stint.thread, "a small copy moves nobody")
+	alone := before
+	for alone.Count() > 1 {
+		alone.Clear(firstOf(alone))
+	}
+	require.NoError(t, unix.SchedSetaffinity(0, &alone))
+	defer func() { require.NoError(t, unix.SchedSetaffinity(0, &before)) }()
+	(&job{core: firstOf(alone)}).part(&stint, &cores, &home)
+	require.Zero(t, stint.thread, "there is nowhere to go")
+}
+
+// A caller that no helper has joined yet claims little and lets others run.
+func TestTheCallerClaimsLittleUntilAHelperHasCome(t *testing.T) {
+	const total = 64 << 20
+	for _, c := range []struct {
+		helped bool
+		yields int
+		first  []uint64
+	}{
+		{false, 3, []uint64{partClaim, partClaim, partClaim, mostCallClaim}},
+		{true, 3, []uint64{partClaim, mostCallClaim, mostCallClaim}},
+		{false, 0, []uint64{mostCallClaim, mostCallClaim}},
+	} {
+		var claims []uint64
+		j := &job{ctx: t.Context(), moves: theMoves(total), total: total, shares: 4, most: mostCallClaim}
+		j.method = methodFunc(func(_ []Move, _, bytes uint64) error {
+			claims = append(claims, bytes)
+			return nil
+		})
+		if c.helped {
+			j.state.Add(1)
+		}
+		j.work(new(Stint), c.yields)
+		require.NoError(t, j.err)
+		require.Equal(t, c.first, claims[:len(c.first)])
+	}
 }

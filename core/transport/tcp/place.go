@@ -3,7 +3,6 @@
 package tcp
 
 import (
-	"runtime"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -83,53 +82,10 @@ func seatsFor(conns []transport.Conn, cores int) []seat {
 	return seats
 }
 
-// sitting is one goroutine's time on a seat, and with that the stint of its system calls.
-type sitting struct {
-	seat   *seat
-	thread int // that keeps to the seat's core; 0: none does
-	stint  mem.Stint
-}
-
-// take binds the calling goroutine to a seat's core. A system that does not allow it costs only speed.
-func (s *sitting) take(at *seat) {
-	s.seat = at
-	if at.kept {
-		runtime.LockOSThread()
-		s.bind()
+// take begins a goroutine's stint, on the seat's core where it is kept. Leave ends it.
+func (s *seat) take(stint *mem.Stint) {
+	stint.Begin()
+	if s.kept {
+		stint.Keep(&s.core, &s.home)
 	}
-	s.stint.Begin()
-}
-
-func (s *sitting) bind() {
-	s.thread = unix.Gettid()
-	_ = unix.SchedSetaffinity(s.thread, &s.seat.core)
-}
-
-// leave undoes take.
-func (s *sitting) leave() {
-	if s.thread != 0 {
-		_ = unix.SchedSetaffinity(s.thread, &s.seat.home)
-		s.thread = 0
-		runtime.UnlockOSThread()
-	}
-}
-
-// giveWay is mem.Stint's. A goroutine that is locked to its thread would have another thread woken, which wakes this one again, and more
-// for each of them; so it isn't meanwhile, and hardly ever finds itself on another thread.
-func (s *sitting) giveWay() {
-	if s.thread == 0 {
-		s.stint.GiveWay()
-		return
-	}
-	if !s.stint.IsLong() {
-		return
-	}
-	runtime.UnlockOSThread()
-	runtime.Gosched()
-	runtime.LockOSThread()
-	if unix.Gettid() != s.thread {
-		_ = unix.SchedSetaffinity(s.thread, &s.seat.home) // it goes on with other goroutines
-		s.bind()
-	}
-	s.stint.Begin()
 }

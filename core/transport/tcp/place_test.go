@@ -3,16 +3,11 @@
 package tcp
 
 import (
-	"runtime"
-	"sync"
 	"testing"
-	"time"
 
-	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/llm-datadist-open/llm-datadist/core/mem"
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
@@ -79,54 +74,6 @@ func TestNoSeatIsKeptWithCoresToSpareOrAcrossHosts(t *testing.T) {
 	} {
 		for _, s := range seatsFor(c.conns, c.cores) {
 			require.False(t, s.kept)
-		}
-	}
-}
-
-func TestASeatIsKeptWhateverThreadTheGoroutineComesTo(t *testing.T) {
-	allCores(t, 2)
-	at := &seat{kept: true}
-	require.NoError(t, unix.SchedGetaffinity(0, &at.home))
-	at.core.Set(1)
-	stop := make(chan struct{})
-	var others sync.WaitGroup
-	for range 4 { // they take over threads that are given way
-		others.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-					runtime.Gosched()
-				}
-			}
-		})
-	}
-	done, threads := make(chan struct{}), map[int]bool{}
-	go func() {
-		defer close(done)
-		var s sitting
-		s.take(at)
-		defer s.leave()
-		for begin := time.Now(); len(threads) < 2 && time.Since(begin) < settleTime; {
-			s.stint = mem.Stint{} // a long one
-			s.giveWay()
-			var now unix.CPUSet
-			if !assert.NoError(t, unix.SchedGetaffinity(0, &now)) || !assert.Equal(t, at.core, now) {
-				return
-			}
-			threads[unix.Gettid()] = true
-		}
-	}()
-	<-done
-	close(stop)
-	others.Wait()
-	require.Greater(t, len(threads), 1, "the goroutine has always been on one thread, which shows nothing")
-	for thread := range threads {
-		var now unix.CPUSet
-		if err := unix.SchedGetaffinity(thread, &now); err != unix.ESRCH {
-			require.NoError(t, err)
-			require.Equal(t, at.home, now, "thread %d", thread)
 		}
 	}
 }

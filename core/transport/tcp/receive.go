@@ -38,7 +38,7 @@ type receiving struct {
 	apart      bool        // the last frame has asked for so much that the next one is some milliseconds away
 
 	active
-	sitting
+	stint   mem.Stint
 	request transport.Request
 }
 
@@ -82,8 +82,8 @@ func (l *lane) attend() error {
 		l.rx.request = transport.Request{} // its block lists can have megabytes
 		l.rest()
 	}()
-	l.rx.take(&l.seat)
-	defer l.rx.leave() // a parked connection has no thread
+	l.seat.take(&l.rx.stint)
+	defer l.rx.stint.Leave() // a parked connection has no thread
 	since := time.Now()
 	if l.rx.apart {
 		l.rx.apart, since = false, time.Time{} // the peer still has to take in what was sent
@@ -246,7 +246,7 @@ func (l *lane) step(block bool) (int, error) {
 		}
 	}
 	if block {
-		rx.giveWay() // after what others may wait for
+		rx.stint.GiveWay() // after what others may wait for
 	}
 	if err != nil || n == 0 {
 		return 0, err

@@ -33,7 +33,7 @@ type sending struct {
 	entry          uint64 // bytes of the entry frame, 0 where it has gone before
 	copied         bool   // the payload lies in stage
 	active
-	sitting
+	stint mem.Stint
 }
 
 // answers reports that such a frame is said because of a frame of the peer's.
@@ -120,9 +120,9 @@ func (l *lane) sendLoop() {
 			return
 		}
 		l.sendMu.Lock()
-		l.tx.take(&l.seat)
+		l.seat.take(&l.tx.stint)
 		err := l.pump(true)
-		l.tx.leave()
+		l.tx.stint.Leave()
 		l.sendMu.Unlock()
 		if err != nil {
 			l.session.broke(err)
@@ -163,7 +163,7 @@ func (l *lane) pump(block bool) error {
 		case err != nil:
 			return err
 		case block:
-			l.tx.giveWay()
+			l.tx.stint.GiveWay()
 		default:
 			if pushed += n; n == 0 || pushed >= pushBytes {
 				return errWouldBlock
