@@ -8,6 +8,8 @@ are measured in the same rounds and only shown, or scale the figures of other li
 from __future__ import annotations
 
 import os
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The library copies with so many threads where nothing else is asked for, and the references have one or two.
@@ -36,19 +38,25 @@ WAYS = {
 }
 
 
+# The medians of two rounds that came one after the other, in microseconds: the reference's and the library's.
+Beside = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Bar:
-    """A median of at most `times` the reference's and `micros` more. With times 0 the reference does not count."""
+    """At most `times` the reference's time and `micros` more. With times 0 the reference does not count."""
 
     text: str
     times: float = 0.0
     micros: float = 0.0
 
-    def holds(self, micros: float, reference_micros: float | None) -> bool | None:
-        """Tell whether a median holds it; None where there is nothing to compare it with."""
+    def holds(self, micros: float, beside: Sequence[Beside]) -> bool | None:
+        """Tell whether a median, or that of rounds side by side, holds it; None where there is nothing to compare with."""
         if not self.times:
             return micros <= self.micros
-        return None if reference_micros is None else micros <= self.times * reference_micros + self.micros
+        if not beside:
+            return None
+        return statistics.median((self.times * theirs + self.micros) / ours for theirs, ours in beside) >= 1
 
 
 def _share(share: float) -> Bar:

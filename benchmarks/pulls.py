@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import syscalls
-from cases import Case
+from cases import Beside, Case
 from ends import Setting
 from pair import NotBuilt, Pair, Round, linked
 from reference import References
@@ -40,7 +41,7 @@ def _measure(case: Case, references: References, rounds: int, count_syscalls: bo
         with linked(setting) as pair:
             pair.verify(workload)
             wanted = rounds if case.bars else min(rounds, _SHOWN_ROUNDS)
-            ours, own_rounds, theirs = _rounds(case, workload, pair, references, wanted)
+            ours, own_rounds, theirs, beside = _rounds(case, workload, pair, references, wanted)
             pair.verify(workload)
             row["explain"] = pair.explain
             if count_syscalls:
@@ -49,25 +50,31 @@ def _measure(case: Case, references: References, rounds: int, count_syscalls: bo
                 row["boundary_us"] = pair.boundary()
     except NotBuilt as exc:
         return {**row, "skipped": str(exc)}
-    return {**row, **_figures(case, workload, ours, own_rounds), **_against(case, workload, ours, theirs)}
+    return {**row, **_figures(case, workload, ours, own_rounds), **_against(case, workload, ours, theirs, beside)}
 
 
 def _rounds(
     case: Case, workload: Workload, pair: Pair, references: References, rounds: int
-) -> tuple[Samples, list[Round], dict[str, Samples]]:
+) -> tuple[Samples, list[Round], dict[str, Samples], dict[str, list[Beside]]]:
     """Let the candidates take turns until each has its rounds."""
     ours, own_rounds = Samples(), []
     theirs = {candidate: Samples() for candidate in case.candidates if references.has(candidate)}
+    beside: dict[str, list[Beside]] = {candidate: [] for candidate in theirs}
     for _ in range(rounds + rounds // _SPARE):
         counting = [candidate for candidate in theirs if not _is_beaten(candidate, case, theirs)]
         if min(samples.rounds for samples in (ours, *(theirs[candidate] for candidate in counting))) >= rounds:
             break
+        medians = {}
         for candidate in counting:
-            _take(theirs[candidate], references.round(candidate, workload.name), f"{case.name}: {candidate}")
+            nanos = references.round(candidate, workload.name)
+            if _take(theirs[candidate], nanos, f"{case.name}: {candidate}"):
+                medians[candidate] = statistics.median(nanos) / 1e3
         done = pair.round(workload)
         if _take(ours, done.nanos, f"{case.name}: the library"):
             own_rounds.append(done)
-    return ours, own_rounds, theirs
+            for candidate, median in medians.items():
+                beside[candidate].append((median, statistics.median(done.nanos) / 1e3))
+    return ours, own_rounds, theirs, beside
 
 
 def _is_beaten(candidate: str, case: Case, theirs: dict[str, Samples]) -> bool:
@@ -106,7 +113,9 @@ def _figures(case: Case, workload: Workload, ours: Samples, rounds: list[Round])
     }
 
 
-def _against(case: Case, workload: Workload, ours: Samples, theirs: dict[str, Samples]) -> Row:
+def _against(
+    case: Case, workload: Workload, ours: Samples, theirs: dict[str, Samples], beside: dict[str, list[Beside]]
+) -> Row:
     medians = {candidate: samples.micros() for candidate, samples in theirs.items() if samples.rounds}
     candidates: dict[str, Row] = {
         candidate: {"rounds": samples.rounds, "thrown_away": samples.thrown_away} for candidate, samples in theirs.items()
@@ -122,10 +131,11 @@ def _against(case: Case, workload: Workload, ours: Samples, theirs: dict[str, Sa
     else:
         row.update(reference=best, reference_p50_us=medians[best], reference_gb_per_s=workload.call_bytes / medians[best] / 1e3)
     if ours.rounds:
-        median = ours.micros()
-        if best is not None:
-            row["ratio"] = medians[best] / median
-        row["bars"] = [{"text": bar.text, "holds": bar.holds(median, medians.get(best or ""))} for bar in case.bars]
+        pairs = beside.get(best or "", [])
+        if pairs:
+            row["beside"] = pairs
+            row["ratio"] = statistics.median(reference / own for reference, own in pairs)
+        row["bars"] = [{"text": bar.text, "holds": bar.holds(ours.micros(), pairs)} for bar in case.bars]
     return row
 
 

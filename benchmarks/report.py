@@ -159,7 +159,7 @@ def _cost(row: Results) -> Sequence[str]:
 def _compared(results: Results) -> list[libraries.Comparison]:
     rows = [row for row in results["pulls"] if "p50_us" in row]
     ours = {row["case"]: row["p50_us"] for row in rows}
-    in_go = results.get("go", {}).get("PullTiny")
+    in_go = results.get("go", {}).get("PullTiny/pool")
     if in_go is not None:
         ours["shm-pool W3"] = in_go / 1e3
     now: dict[str, dict[str, float]] = {}

@@ -26,7 +26,7 @@ from workloads import WORKLOADS
 import llm_datadist
 
 PARTS = ("pulls", "scaling", "links")
-_ROUNDS = 5  # fewer are no fair run
+_ROUNDS = 7  # fewer than five are no fair run
 _QUICK_WORKLOADS = ("W2", "W3")  # the others take long to set up
 _QUICK_POINTS = {"segments": (1, 64, 4096), "sizes": (4 << 10, 1 << 20), "callers": (1, 4)}
 _QUICK_LINKS = {"counts": (8,), "fabric": (8,)}
@@ -88,7 +88,7 @@ def _go_benchmarks(output: Path | None) -> dict[str, float]:
     """Return the nanoseconds of the engine's benchmarks of pulls, from what `go test -bench` has printed."""
     if output is None or not output.exists():
         return {}
-    found = re.findall(r"^Benchmark(Pull\w*)\S*\s+\d+\s+([\d.]+) ns/op", output.read_text(), re.MULTILINE)
+    found = re.findall(r"^Benchmark(Pull\w*/\w+)\S*\s+\d+\s+([\d.]+) ns/op", output.read_text(), re.MULTILINE)
     return {name: float(nanos) for name, nanos in found}
 
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for option, known in (("parts", PARTS), ("ways", tuple(WAYS)), ("workloads", tuple(WORKLOADS))):
         parser.add_argument(f"--{option}", type=_some_of(known), metavar="LIST", help=f"some of {','.join(known)} (all)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of the library and of each reference (5)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the library and of each reference (7)")
     quick = f"{' and '.join(_QUICK_WORKLOADS)}, one round, few points, no strace: does it run at all"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, default=Path("build/bench"), metavar="FOLDER", help="of results.json and the plots")

@@ -86,10 +86,14 @@ def test_bars_are_held_up_to_what_they_say(name: str, reference: float | None, h
     from cases import CASES
 
     (bar,) = next(case for case in CASES if case.name == name).bars
-    assert bar.holds(holds - 1e-9, reference)
-    assert not bar.holds(fails, reference)
+
+    def beside(ours: float) -> list[tuple[float, float]]:
+        return [] if reference is None else [(reference, 3 * ours), (reference, ours), (3 * reference, ours)]
+
+    assert bar.holds(holds - 1e-9, beside(holds - 1e-9))
+    assert not bar.holds(fails, beside(fails))
     if bar.times:
-        assert bar.holds(holds, None) is None
+        assert bar.holds(holds, []) is None
 
 
 def test_figures_of_other_libraries_are_scaled_by_the_same_reference() -> None:
