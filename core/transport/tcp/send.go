@@ -119,11 +119,11 @@ func (l *lane) sendLoop() {
 		case <-l.session.closing:
 			return
 		}
+		l.seat.take(&l.tx.stint) // which is this goroutine's alone
 		l.sendMu.Lock()
-		l.seat.take(&l.tx.stint)
 		err := l.pump(true)
-		l.tx.stint.Leave()
 		l.sendMu.Unlock()
+		l.tx.stint.Leave()
 		if err != nil {
 			l.session.broke(err)
 			return

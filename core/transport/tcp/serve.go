@@ -48,6 +48,9 @@ const (
 	apartAbove = 32 << 20
 	// leastChunk keeps the frames of a striped operation from becoming many and small.
 	leastChunk = 128 << 10
+	// wholeShare is the most that a connection takes as one chunk; more is halved at least, so that the faster one can take more. What
+	// its frame costs is 10% of a chunk of half of this.
+	wholeShare = 1 << 20
 )
 
 const (
@@ -142,7 +145,11 @@ func (v *serve) prepare(h header, req *transport.Request) error {
 	if lanes := uint64(len(v.session.lanes)); v.total <= stripeAbove || h.flags&flagOneLane != 0 {
 		v.pinned = v.lane
 	} else {
-		v.chunk = min(most, max(leastChunk, (v.total/(2*lanes)+4095)&^4095))
+		share := v.total / lanes
+		if share > wholeShare {
+			share /= 2
+		}
+		v.chunk = min(most, max(leastChunk, (share+4095)&^4095))
 	}
 	return nil
 }
