@@ -109,7 +109,7 @@ func TestAPushThatEndsEarlyWaitsForTheReceiver(t *testing.T) {
 		}, status.Timeout},
 		"cancel": {func() (context.Context, context.CancelFunc) {
 			ctx, cancel := context.WithCancel(context.Background())
-			time.AfterFunc(300*time.Millisecond, cancel)
+			time.AfterFunc(250*time.Millisecond, cancel) // who waits looks every 100 ms, and not just now
 			return ctx, cancel
 		}, status.Failed},
 	} {
