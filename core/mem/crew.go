@@ -44,13 +44,13 @@ const (
 	// patience is how long the caller looks for the end of its helpers, giving way to others, before it blocks: about what a goroutine
 	// that blocks takes to wake.
 	patience = 50 * time.Microsecond
+	// patientRounds bounds the same where no time passes, in a synctest bubble.
+	patientRounds = 1000
 	// partAbove is what a helper leaves the caller's core for: it takes some hundred us on one.
 	partAbove = 4 << 20
 	// partYields is how often the caller lets others run while no helper has come, after claims of partClaim.
 	partYields = 8
 	partClaim  = 256 << 10
-	// patientRounds bounds the same where no time passes, in a synctest bubble.
-	patientRounds = 1000
 )
 
 // NewCrew makes a crew of at most threads threads a copy, the caller's among them. Its helpers are started when they are first needed.
@@ -80,9 +80,9 @@ func (c *Crew) Copy(ctx context.Context, moves []Move, total uint64, method Meth
 	}()
 	var stint Stint
 	stint.Begin()
-	yields := partYields
-	if total < partAbove {
-		yields = 0
+	yields := 0
+	if j.core >= 0 {
+		yields = partYields
 	}
 	j.work(&stint, yields)
 	return nil
@@ -382,14 +382,14 @@ func (j *job) work(stint *Stint, yields int) {
 			if yields--; j.state.Load()&jobMembers > 0 {
 				yields = 0
 			} else {
-				_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // not Go's: the thread is bound to this goroutine's
+				Yield()
 			}
 		}
 	}
 }
 
-// claim takes the next bytes of the list, at most so many: a share of what is left, so that claims are large at first and small at the end, where
-// threads wait for one another.
+// claim takes the next bytes of the list, at most so many: a share of what is left, so that claims are large at first and small at the
+// end, where threads wait for one another.
 func (j *job) claim(most uint64) (from, bytes uint64) {
 	for {
 		from = j.claimed.Load()

@@ -338,7 +338,7 @@ func (p *pull) lead(ctx context.Context, until time.Time) {
 
 // spin looks whether the operation is over for as long as it may without sleeping.
 func (p *pull) spin(ctx context.Context, until time.Time) {
-	for since := time.Now(); p.session.polls(since) && ctx.Err() == nil && time.Now().Before(until); yield() {
+	for since := time.Now(); p.session.polls(since) && ctx.Err() == nil && time.Now().Before(until); mem.Yield() {
 		select {
 		case <-p.left:
 			p.gone = true

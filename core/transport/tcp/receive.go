@@ -128,7 +128,7 @@ func (l *lane) poll(since time.Time) (int, error) {
 			return 0, nil
 		}
 		l.sendPoked()
-		yield()
+		mem.Yield()
 	}
 }
 
@@ -152,10 +152,6 @@ func (s *Session) polls(since time.Time) bool {
 	}
 	return time.Since(since) < limit
 }
-
-// yield lets somebody else have the core for a moment: where a connection keeps to one core, its other end. It is a system call and not
-// Go's, since most who poll are bound to their thread, for which Go's costs two changes of threads.
-func yield() { _, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // leastLead is how much of a wait must be left to sleep in a receiving call, which takes up to MaxWaitMillis.
 const leastLead = transport.MaxWaitMillis * time.Millisecond / 2
@@ -185,7 +181,7 @@ func (l *lane) leadOn(ctx context.Context, p *pull, until time.Time) error {
 				if ctx.Err() != nil || time.Now().After(until) {
 					return nil
 				}
-				yield()
+				mem.Yield()
 				continue
 			}
 		} else if ctx.Err() != nil || time.Until(until) < leastLead {
