@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import syscalls
@@ -36,13 +37,10 @@ def measure(cases: Sequence[Case], references: References, rounds: int, count_sy
 def _measure(case: Case, references: References, rounds: int, count_syscalls: bool) -> Row:
     workload = WORKLOADS[case.workload]
     row: Row = {"case": case.name, "way": case.way.name, "workload": workload.name, "bytes": workload.call_bytes}
-    setting = Setting(case.way.transport, case.way.pool, (workload.shape,), case.way.spin_micros)
+    wanted = rounds if case.bars else min(rounds, _SHOWN_ROUNDS)
     try:
-        with linked(setting) as pair:
-            pair.verify(workload)
-            wanted = rounds if case.bars else min(rounds, _SHOWN_ROUNDS)
-            ours, own_rounds, theirs, beside = _rounds(case, workload, pair, references, wanted)
-            pair.verify(workload)
+        ours, own_rounds, theirs, beside = _rounds(case, workload, references, wanted)
+        with _verified(case, workload) as pair:
             row["explain"] = pair.explain
             if count_syscalls:
                 row.update(_syscalls(pair, workload))
@@ -53,10 +51,24 @@ def _measure(case: Case, references: References, rounds: int, count_syscalls: bo
     return {**row, **_figures(case, workload, ours, own_rounds), **_against(case, workload, ours, theirs, beside)}
 
 
+@contextlib.contextmanager
+def _verified(case: Case, workload: Workload) -> Iterator[Pair]:
+    """Start a pair whose first pulls are over. Pulls bring the right bytes before and after what is done with it."""
+    with linked(Setting(case.way.transport, case.way.pool, (workload.shape,), case.way.spin_micros)) as pair:
+        pair.verify(workload)
+        pair.round(workload)
+        yield pair
+        pair.verify(workload)
+
+
 def _rounds(
-    case: Case, workload: Workload, pair: Pair, references: References, rounds: int
+    case: Case, workload: Workload, references: References, rounds: int
 ) -> tuple[Samples, list[Round], dict[str, Samples], dict[str, list[Beside]]]:
-    """Let the candidates take turns until each has its rounds."""
+    """Let the candidates take turns until each has its rounds.
+
+    All have new processes for each round: how the pages of a process lie in the machine's memory is worth a tenth, and is drawn
+    anew with them.
+    """
     ours, own_rounds = Samples(), []
     theirs = {candidate: Samples() for candidate in case.candidates if references.has(candidate)}
     beside: dict[str, list[Beside]] = {candidate: [] for candidate in theirs}
@@ -69,7 +81,8 @@ def _rounds(
             nanos = references.round(candidate, workload.name)
             if _take(theirs[candidate], nanos, f"{case.name}: {candidate}"):
                 medians[candidate] = statistics.median(nanos) / 1e3
-        done = pair.round(workload)
+        with _verified(case, workload) as pair:
+            done = pair.round(workload)
         if _take(ours, done.nanos, f"{case.name}: the library"):
             own_rounds.append(done)
             for candidate, median in medians.items():
