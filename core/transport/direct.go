@@ -194,6 +194,7 @@ type reading struct {
 	begun    bool      // something was to be read
 	touched  bool      // something was read into local memory, of a cache of the shape first
 	first    plan.Shape
+	streamed Operation // that Advance has begun, of the Stream; then nothing else is done
 	err      error
 
 	segments []plan.Segment
@@ -203,8 +204,11 @@ type reading struct {
 var readings = sync.Pool{New: func() any { return new(reading) }}
 
 // Advance implements Operation: where the link knows what the key means, and it is not too much for a caller who may not be away for
-// long, everything is done here.
+// long, everything is done here. What then can't be read is streamed from here.
 func (p *reading) Advance(wait time.Duration) bool {
+	if p.streamed != nil {
+		return p.streamed.Advance(wait)
+	}
 	if p.ended || p.tried {
 		return p.ended
 	}
@@ -221,13 +225,29 @@ func (p *reading) Advance(wait time.Duration) bool {
 	err := p.read((*bounded)(p), &f)
 	switch {
 	case err == nil:
-	case err == error(errStale), errors.Is(err, ErrNoAccess):
+	case errors.Is(err, ErrNoAccess):
+		return p.advanceStream(wait)
+	case err == error(errStale):
 		return false // the owner has to be asked
 	case errors.Is(err, errPaused):
 		return false // what was copied is copied again
 	}
 	p.ended, p.err = true, err
 	return true
+}
+
+// advanceStream has the owner send what can't be read, as far as that can be begun without waiting.
+func (p *reading) advanceStream(wait time.Duration) bool {
+	beginner, ok := p.direct.cfg.Stream.(Beginner)
+	if !ok || p.touched {
+		return false
+	}
+	var err error
+	if p.streamed, err = beginner.Begin(p.deadline, p.req, p.local); err != nil {
+		p.ended, p.err = true, p.died(err)
+		return true
+	}
+	return p.streamed != nil && p.streamed.Advance(wait)
 }
 
 // fits plans, and says whether the pull is small enough for Advance. A plan that fails is left to Finish, which plans again.
@@ -240,7 +260,10 @@ func (p *reading) fits(f *found) bool {
 // Finish implements Operation.
 func (p *reading) Finish(ctx context.Context) error {
 	defer p.direct.calls.Leave() // also where something below panics
-	if !p.ended {
+	switch {
+	case p.streamed != nil:
+		p.err = p.died(p.streamed.Finish(ctx))
+	case !p.ended:
 		p.err = p.finish(ctx)
 	}
 	err := p.err
@@ -249,7 +272,7 @@ func (p *reading) Finish(ctx context.Context) error {
 }
 
 func (p *reading) recycle() {
-	p.direct, p.req, p.local, p.err = nil, nil, Local{}, nil
+	p.direct, p.req, p.local, p.streamed, p.err = nil, nil, Local{}, nil, nil
 	if cap(p.segments) <= keepSegments {
 		readings.Put(p)
 	}

@@ -561,6 +561,86 @@ func TestDirectStreamsWhatItCanNotRead(t *testing.T) {
 	}
 }
 
+// streaming is a peer whose stream can be begun.
+type streaming struct {
+	*peer
+	begun    int
+	refuses  error // what Begin says
+	unable   bool  // it can't begin without waiting
+	advanced int   // calls of Advance; the second one finds the operation ended
+}
+
+func (s *streaming) Begin(time.Time, *transport.Request, transport.Local) (transport.Operation, error) {
+	s.begun++
+	if s.refuses != nil || s.unable {
+		return nil, s.refuses
+	}
+	return s, nil
+}
+
+func (s *streaming) Advance(time.Duration) bool {
+	s.advanced++
+	return s.advanced == 2
+}
+
+func (s *streaming) Finish(context.Context) error { return s.stream }
+
+func TestDirectBeginsToStreamInAdvance(t *testing.T) {
+	for name, c := range map[string]struct {
+		change   func(s *streaming)
+		ended    bool // by the first Advance
+		begun    int
+		streamed int // in Finish
+		want     error
+	}{
+		"it arrives": {change: func(*streaming) {}, begun: 1},
+		"it fails": {change: func(s *streaming) { s.stream = status.New(status.CacheNotExist, status.StageLookup, "gone") }, begun: 1,
+			want: status.CacheNotExist},
+		"it is refused": {change: func(s *streaming) { s.refuses = status.New(status.ParamInvalid, status.StageCheck, "no") }, ended: true,
+			begun: 1, want: status.ParamInvalid},
+		"it has to wait": {change: func(s *streaming) { s.unable = true }, begun: 1, streamed: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &streaming{peer: newPeer(shape)}
+			d := transport.NewDirect(transport.DirectConfig{Control: s, Directory: s, Reader: s, Stream: s, InlineBytes: 1 << 30})
+			require.NoError(t, pull(d, transport.KeyCache), "what the key means is known now")
+			s.read = func(context.Context, []mem.Move) error { return fmt.Errorf("refused: %w", transport.ErrNoAccess) }
+			c.change(s)
+			req, local := request(transport.KeyCache)
+			op := begin(t, d, time.Time{}, req, local)
+			require.Equal(t, c.ended, op.Advance(time.Minute))
+			if c.begun == 1 && !c.ended && c.streamed == 0 {
+				require.True(t, op.Advance(time.Minute))
+			}
+			if c.want == nil {
+				require.NoError(t, op.Finish(context.Background()))
+			} else {
+				require.ErrorIs(t, op.Finish(context.Background()), c.want)
+			}
+			require.Equal(t, []int{c.begun, c.streamed}, []int{s.begun, s.streamed})
+		})
+	}
+}
+
+func TestDirectDoesNotBeginToStreamOverWhatItHasRead(t *testing.T) {
+	s := &streaming{peer: newPeer(shape)}
+	d := transport.NewDirect(transport.DirectConfig{Control: s, Directory: s, Reader: s, Stream: s, InlineBytes: 1 << 30, BatchBytes: 1 << 20})
+	require.NoError(t, pull(d, transport.KeyCache))
+	first := len(s.reads)
+	s.read = func(context.Context, []mem.Move) error {
+		if len(s.reads) > first+1 {
+			return fmt.Errorf("refused: %w", transport.ErrNoAccess)
+		}
+		return nil
+	}
+	req, local := request(transport.KeyCache)
+	op := begin(t, d, time.Time{}, req, local)
+	require.False(t, op.Advance(time.Minute))
+	require.Zero(t, s.begun)
+	require.NoError(t, op.Finish(context.Background()))
+	require.Equal(t, 1, s.streamed, "every byte anew")
+}
+
 // inline is a session over p that makes small pulls at once.
 func inline(p *peer) *transport.Direct {
 	return transport.NewDirect(transport.DirectConfig{Control: rowZero{p}, Directory: p, Reader: p, InlineBytes: 1 << 20, BatchBytes: 1 << 30})
