@@ -95,7 +95,8 @@ def test_faulthandler_that_is_enabled_after_the_load_reports_a_crash() -> None:
     not os.path.exists("/proc/sys/net/mptcp/enabled") or Path("/proc/sys/net/mptcp/enabled").read_text().strip() != "1",
     reason="this kernel has no multipath TCP to turn off",
 )
-def test_sockets_speak_plain_tcp(owner: Any) -> None:
+def test_sockets_speak_plain_tcp(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_DATADIST_TRANSPORT", "tcp")  # of the host alone: over shm the data connections are Unix sockets
     with Peer() as host:
         inside(host, living_host.open_and_link, owner.address, 32)
         for end in (host, owner):

@@ -108,6 +108,9 @@ def test_the_best_transport_of_both_is_taken(local, owner, ours, theirs, taken, 
     for lines in (local.told(THEIRS), owner.told(OURS)):
         assert lines["transport"] == taken
         assert lines.get("not taken") == not_taken
+        for name in CONNECTIONS:
+            assert lines[name].endswith(", Unix sockets") is (taken == "shm"), lines[name]
+            assert (", congestion control " in lines[name]) is (taken == "tcp"), lines[name]
     for end, other, source in ((local, owner, THEIRS), (owner, local, OURS)):
         cache_id = other.add("give", desc([1, 300]), source)
         end.add("take", desc([1, 300]), TARGET)
@@ -257,6 +260,8 @@ def test_memory_that_can_not_be_read_is_streamed(two_of_one_user):
     link_over_shm(puller, owner)
     assert puller.told(THEIRS)["private memory"].startswith(STREAMED)
     assert puller.told(THEIRS)["memory of pools"] == "mapped, 2 of them"
+    for told in (puller.told(THEIRS), owner.told(OURS)):
+        assert all(told[name].endswith(", Unix sockets") for name in CONNECTIONS)
     pulls_both_ways(puller, owner)
 
 

@@ -90,7 +90,7 @@ func newIncarnation() (drawn link.Incarnation) {
 func (e *Engine) linkConfig(incarnation link.Incarnation) link.Config {
 	return link.Config{
 		Network: e.parts.Network, ClusterID: e.clusterID, Incarnation: incarnation, OneSided: e.options.OneSided, Offers: e.offers(),
-		Required: e.options.required(), DataConnections: e.options.TCPConnections, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
+		Required: e.options.required(), DataConnections: e.options.TCPConnections, Near: nameSHM, PeerDead: e.options.PeerDead, Track: track, Untrack: mem.Untrack,
 		Gift: e.gift, Card: e.card(), Attach: e.attach, StandsFor: e.standsFor, Event: e.parts.Event,
 	}
 }

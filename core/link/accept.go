@@ -81,11 +81,11 @@ func (m *Manager) accept(l *listening) {
 	defer m.tasks.Done()
 	defer close(l.done)
 	failed := func(err error) { m.quietly(&m.complaints.refusing, "can not accept a connection", err) }
-	m.fds.acceptEach(m.ctx, l, l.stopped, failed, m.admit)
+	m.fds.acceptEach(m.ctx, l, l.stopped, failed, func(c *conn) { m.admit(c, l.near) })
 }
 
-// admit gives c a goroutine and a place among the strangers.
-func (m *Manager) admit(c *conn) {
+// admit gives c a goroutine and a place among the strangers. near: it can only be a data connection.
+func (m *Manager) admit(c *conn, near bool) {
 	var place *list.Element
 	var evicted *conn
 	m.mu.Lock()
@@ -102,11 +102,11 @@ func (m *Manager) admit(c *conn) {
 		_ = c.Close()
 		return
 	}
-	go m.serve(c, place)
+	go m.serve(c, place, near)
 }
 
 // serve finds out what c wants and does it. It owns c.
-func (m *Manager) serve(c *conn, place *list.Element) {
+func (m *Manager) serve(c *conn, place *list.Element, near bool) {
 	defer m.tasks.Done()
 	defer func() {
 		m.mu.Lock()
@@ -117,6 +117,9 @@ func (m *Manager) serve(c *conn, place *list.Element) {
 	m.mu.Lock()
 	m.strangers.spoke(place)
 	m.mu.Unlock()
+	if err == nil && near && pre.intent != intentData {
+		err = fmt.Errorf("intent %d where only data connections come in", pre.intent)
+	}
 	if err != nil {
 		if m.ctx.Err() == nil {
 			m.turnedAway(c, err)

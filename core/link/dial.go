@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"net"
 	"sync"
 
 	"github.com/llm-datadist-open/llm-datadist/core/status"
@@ -155,11 +156,14 @@ func readAnswer(c *conn, i intent) (preamble, error) {
 
 // dialLink is what the dialer does behind GO.
 func (a *attempt) dialLink() error {
-	data, err := a.dialData()
+	witness, reason := a.prove()
+	data, err := a.dialData(witness != nil)
 	if err != nil {
+		if witness != nil {
+			witness.Close()
+		}
 		return err
 	}
-	witness, reason := a.prove()
 	answer, err := a.exchangeReady(ready{SameHost: witness != nil, Reason: reason})
 	if witness != nil && (err != nil || !answer.SameHost) {
 		witness.Close()
@@ -201,8 +205,9 @@ func (a *attempt) prove() (Witness, string) {
 	return witness, shownBy(witness)
 }
 
-// dialData makes the data connections, all at once and all or none.
-func (a *attempt) dialData() ([]*conn, error) {
+// dialData makes the data connections, all at once and all or none. sameHost: that was shown.
+func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
+	near := sameHost && len(a.usable) > 0 && a.usable[0] == a.m.cfg.Near && a.m.nearby != nil
 	ctx, cancel := context.WithCancel(a.ctx)
 	defer cancel()
 	conns := make([]*conn, a.m.cfg.DataConnections)
@@ -211,7 +216,7 @@ func (a *attempt) dialData() ([]*conn, error) {
 	var tasks sync.WaitGroup
 	for i := range conns {
 		tasks.Go(func() {
-			c, err := a.dialDatum(ctx, uint32(i))
+			c, err := a.dialDatum(ctx, uint32(i), near)
 			if err != nil {
 				once.Do(func() { first = err })
 				cancel()
@@ -228,8 +233,8 @@ func (a *attempt) dialData() ([]*conn, error) {
 	return conns, nil
 }
 
-func (a *attempt) dialDatum(ctx context.Context, index uint32) (*conn, error) {
-	raw, err := a.m.cfg.Network.Dial(ctx, a.source, a.address)
+func (a *attempt) dialDatum(ctx context.Context, index uint32, near bool) (*conn, error) {
+	raw, err := a.openDatum(ctx, near)
 	if err != nil {
 		return nil, err
 	}
@@ -248,6 +253,18 @@ func (a *attempt) dialDatum(ctx context.Context, index uint32) (*conn, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// openDatum connects for a data connection: within the host where that is wanted and works.
+func (a *attempt) openDatum(ctx context.Context, near bool) (net.Conn, error) {
+	if near {
+		c, err := a.m.nearby.DialData(ctx, Token(a.theirs.Token))
+		if err == nil || ctx.Err() != nil {
+			return c, err
+		}
+		a.m.eventOf(Warning, a.theirs.ClusterID, "a data connection leaves the host's own sockets", err)
+	}
+	return a.m.cfg.Network.Dial(ctx, a.source, a.address)
 }
 
 func closeAll(conns []*conn) {

@@ -21,8 +21,8 @@ import (
 //	                 <-             HELLO{retired}
 //	VIEW{retired}    ->                                  where the acceptor has the lower incarnation
 //	GO{number} or REFUSE, from the end with the lower incarnation: it decides
-//	data connections ->                                  each with the nonce of the control connection
 //	proof of a shared host, over the Unix socket of the acceptor
+//	data connections ->                                  each with the nonce of the control connection; see Config.Near
 //	READY{same host} ->
 //	                                 makes its session, installs the link
 //	                 <-              READY{same host}

@@ -377,6 +377,15 @@ func runChild(what string) {
 			break
 		}
 		fmt.Println("pid", w.Pid())
+	case "dial data":
+		_, err := (UnixProver{}).DialData(context.Background(), tokenOf(arg))
+		fmt.Println(err)
+	case "listen data":
+		if _, err := (UnixProver{}).ListenData(tokenOf(arg)); err != nil {
+			fmt.Println(err)
+			return
+		}
+		fmt.Println("open")
 	case "intrude":
 		fmt.Println(intrude(tokenOf(arg), Nonce{1}))
 	}

@@ -70,6 +70,15 @@ type Prover interface {
 	Reach(ctx context.Context, token Token, nonce Nonce, fds Descriptors, gift func() (Gift, error)) (Witness, error)
 }
 
+// Nearby is a Prover with a way for data connections within the host, beside the Network's. Both ends see to it that the other one runs
+// under their uid, as the proof does.
+type Nearby interface {
+	// ListenData listens for them under token.
+	ListenData(token Token) (net.Listener, error)
+	// DialData connects to who listens under token. It ends when ctx ends.
+	DialData(ctx context.Context, token Token) (net.Conn, error)
+}
+
 // Door answers those who reach for its token.
 type Door interface {
 	// Expect lets in one engine that shows nonce. The function that it returns ends that and returns the witness of the engine that
@@ -126,6 +135,9 @@ type Config struct {
 	Required string
 	// DataConnections is how many data connections the end that dials a link makes: 0 to MaxDataConnections.
 	DataConnections int
+	// Near is the transport whose data connections stay within the host (see Nearby): where it is the best one that both ends can use and
+	// the shared host was shown. "": none; all go over the Network.
+	Near string
 	// PeerDead is how long a peer on another host may be silent. A quarter of it is the time between pings.
 	PeerDead time.Duration
 	// Track and Untrack keep the table of descriptors that a forked child has to close; nil where nobody keeps one.

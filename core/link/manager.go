@@ -45,6 +45,8 @@ type Manager struct {
 	cfg         Config
 	fds         Descriptors
 	prover      Prover
+	nearby      Nearby    // nil: all data connections go over the Network
+	opening     sync.Once // of the door
 	incarnation Incarnation
 	token       Token
 
@@ -91,6 +93,7 @@ type record struct {
 // listening is an open listener and the goroutine that accepts from it.
 type listening struct {
 	net.Listener
+	near    bool          // for data connections within the host
 	stopped chan struct{} // closed by Stop before the listener is
 	done    chan struct{}
 }
@@ -120,6 +123,9 @@ func NewManager(cfg Config) (*Manager, error) {
 		rand.Read(m.incarnation[:]) // never fails
 	}
 	rand.Read(m.token[:])
+	if cfg.Near != "" {
+		m.nearby, _ = m.prover.(Nearby)
+	}
 	m.ctx, m.cancel = context.WithCancelCause(context.Background())
 	return m, nil
 }
@@ -167,23 +173,17 @@ func (m *Manager) ListenBeside(address string) (bound string, stop func(), err e
 	if err != nil {
 		return "", nil, err
 	}
-	m.mu.Lock()
-	if m.closed {
-		m.mu.Unlock()
+	if !m.acceptBeside(l) {
 		m.fds.untrack(l.Listener)
 		_ = l.Close()
 		return "", nil, status.Newf(status.EngineFinalized, status.StageCheck, "%w", errFinalized)
 	}
-	m.beside[l] = struct{}{}
-	m.tasks.Add(1)
-	m.mu.Unlock()
-	go m.accept(l)
 	return l.Addr().String(), func() { m.stopBeside(l) }, nil
 }
 
 // open binds address. Whoever calls it accepts from the listener.
 func (m *Manager) open(address string) (*listening, error) {
-	m.openDoor()
+	m.opening.Do(m.openDoor)
 	listener, err := m.cfg.Network.Listen(address)
 	if err != nil {
 		return nil, status.Newf(status.Failed, status.StageCheck, "listen at %s: %w", address, err)
@@ -394,27 +394,57 @@ func (m *Manager) enter() bool {
 	return true
 }
 
-// openDoor starts to answer proofs of a shared host, once. Without it links are made all the same.
+// openDoor starts to answer proofs of a shared host. Without it links are made all the same.
 func (m *Manager) openDoor() {
-	m.mu.Lock()
-	needed := m.prover != nil && m.door == nil && m.doorError == "" && !m.closed
-	m.mu.Unlock()
-	if !needed {
+	if m.prover == nil {
 		return
 	}
+	m.listenNear()
 	door, err := m.prover.Open(m.token, m.fds, m.cfg.Gift)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch {
 	case err != nil:
 		m.doorError = err.Error()
-	case m.closed || m.door != nil:
+	case m.closed:
 		m.mu.Unlock()
 		_ = door.Close()
 		m.mu.Lock()
 	default:
 		m.door = door
 	}
+}
+
+// listenNear lets in data connections within the host. Where that can't be they come over the Network. It comes before the door, so
+// that nobody knows the token yet.
+func (m *Manager) listenNear() {
+	if m.nearby == nil {
+		return
+	}
+	listener, err := m.nearby.ListenData(m.token)
+	if err != nil {
+		m.event(Warning, "data connections within the host can not come in", err)
+		return
+	}
+	m.fds.track(listener)
+	l := &listening{Listener: listener, near: true, stopped: make(chan struct{}), done: make(chan struct{})}
+	if !m.acceptBeside(l) {
+		m.fds.untrack(listener)
+		_ = listener.Close()
+	}
+}
+
+// acceptBeside accepts from l until stopBeside or Close; false: the manager is closed.
+func (m *Manager) acceptBeside(l *listening) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
+	m.beside[l] = struct{}{}
+	m.tasks.Add(1)
+	go m.accept(l)
+	return true
 }
 
 // acquirePair returns the pair with peer and keeps it until releasePair.

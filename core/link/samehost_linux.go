@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +47,8 @@ var (
 )
 
 func doorAddress(token Token) string { return "@llm-datadist-" + hex.EncodeToString(token[:]) }
+
+func dataAddress(token Token) string { return doorAddress(token) + "-data" }
 
 // Open listens on the abstract socket of token.
 func (UnixProver) Open(token Token, fds Descriptors, gift func() (Gift, error)) (Door, error) {
@@ -105,6 +108,49 @@ func visitDoor(c *conn, nonce Nonce, gift func() (Gift, error)) (theirs *parcel,
 		return nil, nil, errors.New("unexpected answer")
 	}
 	return theirs, withheld, nil
+}
+
+// ListenData listens on an abstract socket of its own. It does not let in who runs under another uid.
+func (UnixProver) ListenData(token Token) (net.Listener, error) {
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: dataAddress(token), Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	return trustingListener{listener}, nil
+}
+
+// DialData connects to the socket of ListenData, from one with a name of its own, which tells the connections of a host apart.
+func (UnixProver) DialData(ctx context.Context, token Token) (net.Conn, error) {
+	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
+		var failed error
+		err := raw.Control(func(fd uintptr) { failed = unix.Bind(int(fd), &unix.SockaddrUnix{}) }) // the kernel finds a name
+		return errors.Join(err, failed)
+	}}
+	c, err := dialer.DialContext(ctx, "unix", dataAddress(token))
+	if err != nil {
+		return nil, err
+	}
+	if err := trustedPeer(&conn{Conn: c}); err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// trustingListener turns away who runs under another uid.
+type trustingListener struct{ *net.UnixListener }
+
+func (l trustingListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.UnixListener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if trustedPeer(&conn{Conn: c}) == nil {
+			return c, nil
+		}
+		_ = c.Close()
+	}
 }
 
 // unixDoor answers at an abstract Unix socket.

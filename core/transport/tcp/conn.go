@@ -5,6 +5,7 @@ package tcp
 import (
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"net"
 	"sync"
@@ -24,7 +25,7 @@ type Conn struct {
 	fd      int
 	path    string
 	local   bool
-	ports   int // of both ends, added
+	number  int // of both ends, added
 	poller  *poller
 	ended   atomic.Bool
 	endOnce sync.Once
@@ -35,7 +36,7 @@ type Conn struct {
 	unwatched bool // nobody parked is woken by what comes
 }
 
-// NewConn takes over c, which must be a TCP connection, as a data connection. It takes c over in any case.
+// NewConn takes over c, which must be a TCP connection or a Unix socket's, as a data connection. It takes c over in any case.
 func NewConn(c net.Conn) (transport.Conn, error) {
 	defer func() { _ = c.Close() }() // the descriptor lives on as its duplicate
 	raw, ok := c.(syscall.Conn)
@@ -43,11 +44,12 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 		return nil, fmt.Errorf("use a %T as a data connection", c)
 	}
 	local, remote := c.LocalAddr(), c.RemoteAddr()
+	_, near := c.(*net.UnixConn)
 	fd, err := duplicate(raw)
 	if err != nil {
 		return nil, fmt.Errorf("take over a data connection: %w", err)
 	}
-	made := &Conn{fd: fd, local: isLocalPath(local, remote), ports: portOf(local) + portOf(remote), batch: 1}
+	made := &Conn{fd: fd, local: near || isLocalPath(local, remote), number: numberOf(local) + numberOf(remote), batch: 1}
 	if made.poller, err = sharedPoller(); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("start the poller of idle connections: %w", err)
@@ -57,12 +59,18 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 		_ = unix.Close(fd)
 		return nil, err
 	}
-	algorithm, err := tune(fd, made.local)
+	if made.path = fmt.Sprintf("%s -> %s", local, remote); near {
+		made.path += ", Unix sockets"
+	}
+	if err = tune(fd); err == nil && !near {
+		var algorithm string
+		algorithm, err = tuneTCP(fd, made.local)
+		made.path += ", congestion control " + algorithm
+	}
 	if err != nil {
 		_ = made.Close()
 		return nil, fmt.Errorf("tune a data connection: %w", err)
 	}
-	made.path = fmt.Sprintf("%s -> %s, congestion control %s", local, remote, algorithm)
 	return made, nil
 }
 
@@ -81,18 +89,20 @@ func duplicate(raw syscall.Conn) (int, error) {
 	return fd, failed
 }
 
-// tune sets what a data connection needs and returns the name of its congestion control.
-func tune(fd int, local bool) (string, error) {
+// tune sets what every data connection needs.
+func tune(fd int) error {
 	if err := unix.SetNonblock(fd, false); err != nil {
-		return "", err
+		return err
 	}
 	wait := unix.NsecToTimeval(int64(transport.MaxWaitMillis * time.Millisecond))
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
-		return "", err
+		return err
 	}
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait); err != nil {
-		return "", err
-	}
+	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait)
+}
+
+// tuneTCP sets what a TCP connection needs besides, and returns the name of its congestion control.
+func tuneTCP(fd int, local bool) (string, error) {
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
 		return "", err
 	}
@@ -147,15 +157,19 @@ func isLocalPath(local, remote net.Addr) bool {
 	return lok && rok && (r.IP.IsLoopback() || l.IP.Equal(r.IP))
 }
 
-func portOf(addr net.Addr) int {
-	if tcp, ok := addr.(*net.TCPAddr); ok {
-		return tcp.Port
+// numberOf is a number that tells an address from others of its host.
+func numberOf(addr net.Addr) int {
+	switch at := addr.(type) {
+	case *net.TCPAddr:
+		return at.Port
+	case *net.UnixAddr:
+		return int(crc32.ChecksumIEEE([]byte(at.Name)) >> 16)
 	}
 	return 0
 }
 
 // LocalPath says whether both ends are on this host, and returns a number that both know alike.
-func (c *Conn) LocalPath() (int, bool) { return c.ports, c.local }
+func (c *Conn) LocalPath() (int, bool) { return c.number, c.local }
 
 // Bound limits what is sent ahead of the receiver. A system that does not allow it costs only speed.
 func (c *Conn) Bound(bytes int) { _ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bytes) }

@@ -14,13 +14,29 @@ import (
 	"github.com/llm-datadist-open/llm-datadist/core/transport"
 )
 
+// eachSocket runs a test with two ends of a loopback connection, and of one of Unix sockets, and memory for their bytes.
+func eachSocket(t *testing.T, test func(t *testing.T, a, b transport.Conn, spans []mem.Span)) {
+	for name, conns := range map[string]func(t testing.TB, lanes int) (a, b []transport.Conn){"loopback": loopbackConns, "unix": unixConns} {
+		t.Run(name, func(t *testing.T) {
+			check(t)
+			as, bs := conns(t, 1)
+			defer closeBoth(t, as[0], bs[0])
+			test(t, as[0], bs[0], someSpans(t))
+		})
+	}
+}
+
 // connPair makes two ends of a loopback connection and memory for their bytes.
 func connPair(t *testing.T) (a, b transport.Conn, spans []mem.Span) {
 	as, bs := loopbackConns(t, 1)
+	return as[0], bs[0], someSpans(t)
+}
+
+func someSpans(t *testing.T) []mem.Span {
 	m, err := mem.NewBuffer(4096)
 	require.NoError(t, err)
 	keep(m)
-	return as[0], bs[0], []mem.Span{{Addr: m.Addr(), Bytes: 10}, {Addr: m.Addr() + 100, Bytes: 20}}
+	return []mem.Span{{Addr: m.Addr(), Bytes: 10}, {Addr: m.Addr() + 100, Bytes: 20}}
 }
 
 func closeBoth(t *testing.T, conns ...transport.Conn) {
@@ -30,46 +46,44 @@ func closeBoth(t *testing.T, conns ...transport.Conn) {
 }
 
 func TestConnWaitsAsLongAsItSays(t *testing.T) {
-	check(t)
-	a, b, spans := connPair(t)
-	defer closeBoth(t, a, b)
-	n, err := a.TryReceive(spans)
-	require.NoError(t, err)
-	require.Zero(t, n)
-	began := time.Now()
-	for time.Since(began) < transport.MaxWaitMillis*time.Millisecond { // the runtime's signals may end a wait early
-		n, err = a.Receive(spans)
+	eachSocket(t, func(t *testing.T, a, b transport.Conn, spans []mem.Span) {
+		n, err := a.TryReceive(spans)
 		require.NoError(t, err)
 		require.Zero(t, n)
-	}
-	require.Less(t, time.Since(began), soon)
-	n, err = b.Send(spans)
-	require.NoError(t, err)
-	require.Equal(t, 30, n)
-	n, err = a.Receive(spans)
-	require.NoError(t, err)
-	require.Equal(t, 30, n)
+		began := time.Now()
+		for time.Since(began) < transport.MaxWaitMillis*time.Millisecond { // the runtime's signals may end a wait early
+			n, err = a.Receive(spans)
+			require.NoError(t, err)
+			require.Zero(t, n)
+		}
+		require.Less(t, time.Since(began), soon)
+		n, err = b.Send(spans)
+		require.NoError(t, err)
+		require.Equal(t, 30, n)
+		n, err = a.Receive(spans)
+		require.NoError(t, err)
+		require.Equal(t, 30, n)
+	})
 }
 
 func TestConnSendWaitsNoLongerThanItSays(t *testing.T) {
-	check(t)
-	a, b, _ := connPair(t)
-	defer closeBoth(t, a, b)
-	big, err := mem.NewBuffer(1 << 20)
-	require.NoError(t, err)
-	keep(big)
-	all := []mem.Span{{Addr: big.Addr(), Bytes: 1 << 20}}
-	for {
-		n, err := a.TrySend(all)
+	eachSocket(t, func(t *testing.T, a, _ transport.Conn, _ []mem.Span) {
+		big, err := mem.NewBuffer(1 << 20)
 		require.NoError(t, err)
-		if n == 0 {
-			break
+		keep(big)
+		all := []mem.Span{{Addr: big.Addr(), Bytes: 1 << 20}}
+		for {
+			n, err := a.TrySend(all)
+			require.NoError(t, err)
+			if n == 0 {
+				break
+			}
 		}
-	}
-	began := time.Now()
-	_, err = a.Send(all)
-	require.NoError(t, err)
-	require.Less(t, time.Since(began), soon)
+		began := time.Now()
+		_, err = a.Send(all)
+		require.NoError(t, err)
+		require.Less(t, time.Since(began), soon)
+	})
 }
 
 func TestParkEndsByDataByThePeersEndAndByShutdown(t *testing.T) {
@@ -79,68 +93,67 @@ func TestParkEndsByDataByThePeersEndAndByShutdown(t *testing.T) {
 		"shutdown": func(a, _ transport.Conn, _ []mem.Span) { a.Shutdown() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			check(t)
-			a, b, spans := connPair(t)
-			defer closeBoth(t, a, b)
-			parked := make(chan struct{})
-			go func() {
-				a.Park()
-				close(parked)
-			}()
-			p := a.(*Conn).poller
-			require.Eventually(t, func() bool {
-				p.mu.Lock()
-				defer p.mu.Unlock()
-				_, listed := p.parked[a.(*Conn).fd]
-				return listed
-			}, settleTime, time.Millisecond, "it does not park")
-			require.False(t, isClosed(parked))
-			end(a, b, spans)
-			receiveFrom(t, parked)
-			end(a, b, spans)
-			a.Park() // what was there before it parks counts too
-			p.mu.Lock()
-			require.Empty(t, p.parked)
-			p.mu.Unlock()
+			eachSocket(t, func(t *testing.T, a, b transport.Conn, spans []mem.Span) { requireParkEnds(t, a, b, spans, end) })
 		})
 	}
 }
 
+func requireParkEnds(t *testing.T, a, b transport.Conn, spans []mem.Span, end func(a, b transport.Conn, spans []mem.Span)) {
+	parked := make(chan struct{})
+	go func() {
+		a.Park()
+		close(parked)
+	}()
+	p := a.(*Conn).poller
+	require.Eventually(t, func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		_, listed := p.parked[a.(*Conn).fd]
+		return listed
+	}, settleTime, time.Millisecond, "it does not park")
+	require.False(t, isClosed(parked))
+	end(a, b, spans)
+	receiveFrom(t, parked)
+	end(a, b, spans)
+	a.Park() // what was there before it parks counts too
+	p.mu.Lock()
+	require.Empty(t, p.parked)
+	p.mu.Unlock()
+}
+
 func TestConnAfterShutdown(t *testing.T) {
-	check(t)
-	a, b, spans := connPair(t)
-	defer closeBoth(t, a, b)
-	a.Shutdown()
-	a.Shutdown()
-	for range 3 {
-		_, err := a.Receive(spans)
-		require.ErrorIs(t, err, io.EOF)
-		_, err = a.TryReceive(spans)
-		require.ErrorIs(t, err, io.EOF)
-		_, err = a.Send(spans)
-		require.Error(t, err)
-		_, err = a.TrySend(spans)
-		require.Error(t, err)
-		_, err = b.Receive(spans)
-		require.ErrorIs(t, err, io.EOF)
-	}
+	eachSocket(t, func(t *testing.T, a, b transport.Conn, spans []mem.Span) {
+		a.Shutdown()
+		a.Shutdown()
+		for range 3 {
+			_, err := a.Receive(spans)
+			require.ErrorIs(t, err, io.EOF)
+			_, err = a.TryReceive(spans)
+			require.ErrorIs(t, err, io.EOF)
+			_, err = a.Send(spans)
+			require.Error(t, err)
+			_, err = a.TrySend(spans)
+			require.Error(t, err)
+			_, err = b.Receive(spans)
+			require.ErrorIs(t, err, io.EOF)
+		}
+	})
 }
 
 func TestShutdownEndsCallsThatWait(t *testing.T) {
-	check(t)
-	a, b, spans := connPair(t)
-	defer closeBoth(t, a, b)
-	ended := make(chan error, 1)
-	go func() {
-		for {
-			if _, err := a.Receive(spans); err != nil {
-				ended <- err
-				return
+	eachSocket(t, func(t *testing.T, a, _ transport.Conn, spans []mem.Span) {
+		ended := make(chan error, 1)
+		go func() {
+			for {
+				if _, err := a.Receive(spans); err != nil {
+					ended <- err
+					return
+				}
 			}
-		}
-	}()
-	a.Shutdown()
-	require.ErrorIs(t, receiveFrom(t, ended), io.EOF)
+		}()
+		a.Shutdown()
+		require.ErrorIs(t, receiveFrom(t, ended), io.EOF)
+	})
 }
 
 func TestPollerLivesAsLongAsConnections(t *testing.T) {
@@ -166,6 +179,21 @@ func TestPathNamesBothEndsAndTheCongestionControl(t *testing.T) {
 	a, b, _ := connPair(t)
 	defer closeBoth(t, a, b)
 	require.Regexp(t, `^127\.0\.0\.1:\d+ -> 127\.0\.0\.1:\d+, congestion control (cubic|reno|\w+ \(cubic is not allowed here: .*\))$`, a.Path())
+}
+
+func TestPathOfUnixSocketsNamesBothEnds(t *testing.T) {
+	check(t)
+	as, bs := unixConns(t, 2)
+	defer closeBoth(t, append(as, bs...)...)
+	require.Regexp(t, `^@[0-9a-f]{5} -> @llm-datadist-test-\w+, Unix sockets$`, as[0].Path())
+	require.NotEqual(t, as[0].Path(), as[1].Path())
+	for i := range as {
+		number, local := as[i].(*Conn).LocalPath()
+		require.True(t, local)
+		same, local := bs[i].(*Conn).LocalPath()
+		require.True(t, local)
+		require.Equal(t, number, same, "both ends come to the same core by it")
+	}
 }
 
 func TestIsLocalPath(t *testing.T) {

@@ -112,7 +112,7 @@ func TestRequestsToAPeerThatDoesNotReadAreTakenBack(t *testing.T) {
 func TestWithdrawnSourceEndsThePullAndNotTheLink(t *testing.T) {
 	for _, at := range []int64{1, 3} {
 		t.Run(fmt.Sprintf("at call %d", at), func(t *testing.T) {
-			overBoth(t, 2, func(t *testing.T, l *link) {
+			overEach(t, 2, func(t *testing.T, l *link) {
 				src, dst := newCache(t, plan.Contiguous, 2, 1, 3<<20).randomize(1), newCache(t, plan.Contiguous, 2, 1, 3<<20)
 				l.ownerB.offer(1, &offer{cache: src, consumes: true, acquire: func(s *source, n int64) bool {
 					if n == at {

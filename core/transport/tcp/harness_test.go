@@ -5,14 +5,17 @@ package tcp
 import (
 	"bytes"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"net"
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -346,9 +349,14 @@ type link struct {
 	hosts   [2]*fabric.Host
 }
 
-// overBoth runs a test over real sockets and over the fabric.
-func overBoth(t *testing.T, lanes int, test func(t *testing.T, l *link)) {
+// overEach runs a test over both kinds of real sockets and over the fabric.
+func overEach(t *testing.T, lanes int, test func(t *testing.T, l *link)) {
 	t.Run("loopback", func(t *testing.T) { check(t); test(t, loopback(t, lanes)) })
+	t.Run("unix", func(t *testing.T) {
+		check(t)
+		a, b := unixConns(t, lanes)
+		test(t, newLink(t, &link{}, a, b))
+	})
 	t.Run("fabric", func(t *testing.T) { check(t); test(t, overFabric(t, lanes, fabric.Faults{})) })
 }
 
@@ -358,11 +366,26 @@ func loopback(t testing.TB, lanes int) *link {
 }
 
 func loopbackConns(t testing.TB, lanes int) (a, b []transport.Conn) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return socketConns(t, lanes, "tcp", "127.0.0.1:0", nil)
+}
+
+// unixConns are dialed from sockets with names that the kernel found, as core/link does.
+func unixConns(t testing.TB, lanes int) (a, b []transport.Conn) {
+	return socketConns(t, lanes, "unix", "@llm-datadist-test-"+strconv.FormatUint(rand.Uint64(), 16), func(_, _ string, raw syscall.RawConn) error {
+		var failed error
+		err := raw.Control(func(fd uintptr) { failed = unix.Bind(int(fd), &unix.SockaddrUnix{}) })
+		return errors.Join(err, failed)
+	})
+}
+
+func socketConns(
+	t testing.TB, lanes int, network, address string, control func(network, address string, raw syscall.RawConn) error,
+) (a, b []transport.Conn) {
+	l, err := net.Listen(network, address)
 	require.NoError(t, err)
 	defer func() { require.NoError(t, l.Close()) }()
 	for range lanes {
-		dialed, err := net.Dial("tcp", l.Addr().String())
+		dialed, err := (&net.Dialer{Control: control}).Dial(network, l.Addr().String())
 		require.NoError(t, err)
 		accepted, err := l.Accept()
 		require.NoError(t, err)

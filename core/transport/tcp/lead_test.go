@@ -157,7 +157,7 @@ func TestReceivingCallerServesOthersAndLeavesInMidFrame(t *testing.T) {
 }
 
 func TestManyCallersTakeTurns(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src := newCache(t, plan.Blocks, 2, 32, 4096).randomize(1)
 		l.ownerB.offer(1, &offer{cache: src})
 		l.ownerA.offer(1, &offer{cache: src})

@@ -19,7 +19,7 @@ import (
 )
 
 func TestConsumingPullIsDoneOnceBeforeItReturns(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		for _, bytes := range []uint64{1, 1000, 1 << 20} {
 			src, dst := newCache(t, plan.Contiguous, 4, 1, bytes).randomize(bytes), newCache(t, plan.Contiguous, 4, 1, bytes)
 			l.ownerB.offer(1, &offer{cache: src, consumes: true})
@@ -85,7 +85,7 @@ func TestDoneIsAnsweredAfterTheSourceHasHeardOfIt(t *testing.T) {
 }
 
 func TestCancelledConsumingPullReleasesNothing(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src, dst := newCache(t, plan.Contiguous, 1, 1, 4<<20), newCache(t, plan.Contiguous, 1, 1, 4<<20)
 		ctx, cancel := context.WithCancel(context.Background())
 		returned := make(chan struct{})
@@ -186,7 +186,7 @@ func TestOwnerTellsWhenItGivesUp(t *testing.T) {
 }
 
 func TestResolvedLeaseIsConfirmedOrAbandoned(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src := newCache(t, plan.Contiguous, 2, 1, 1000)
 		l.ownerB.offer(1, &offer{cache: src, consumes: true})
 		for _, confirm := range []bool{true, false} {

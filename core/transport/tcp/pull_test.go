@@ -82,7 +82,7 @@ var pulls = []struct {
 func TestPullDeliversEveryByteAndNoOther(t *testing.T) {
 	for _, lanes := range []int{1, 2, 4} {
 		t.Run(fmt.Sprintf("%d lanes", lanes), func(t *testing.T) {
-			overBoth(t, lanes, func(t *testing.T, l *link) {
+			overEach(t, lanes, func(t *testing.T, l *link) {
 				for i, c := range pulls {
 					r := rand.New(rand.NewPCG(uint64(i), 1))
 					src, dst, f, req := c.make(t, r)
@@ -119,7 +119,7 @@ func TestPullThroughATornAndJitteryNetwork(t *testing.T) {
 }
 
 func TestSixteenCallersInBothDirections(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		var callers sync.WaitGroup
 		for i := range 16 {
 			puller, o := l.a, l.ownerB
@@ -157,7 +157,7 @@ func requireStatus(t testing.TB, err error, code status.Code, cause string) *sta
 }
 
 func TestRefusalCarriesStageCauseAndHint(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		dst := newCache(t, plan.Contiguous, 1, 1, 100)
 		e := requireStatus(t, l.a.Pull(within(t, settleTime), rows(404, dst), dst.local()), status.CacheNotExist, "nobody has it")
 		require.Equal(t, status.StageLookup, e.Stage)

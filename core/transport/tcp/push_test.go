@@ -47,7 +47,7 @@ func pushing(ctx context.Context, s *Session, what *transport.Push) <-chan error
 }
 
 func TestAPushIsPulledByThePeerOverTheSameSession(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src, dst := newCache(t, plan.Contiguous, 2, 1, 3<<20).randomize(1), newCache(t, plan.Contiguous, 2, 1, 3<<20)
 		l.ownerA.offer(7, &offer{cache: src})
 		what := fullPush()
@@ -68,7 +68,7 @@ func TestAPushIsPulledByThePeerOverTheSameSession(t *testing.T) {
 }
 
 func TestARefusedPushSaysWhoRefusesAndWhy(t *testing.T) {
-	overBoth(t, 1, func(t *testing.T, l *link) {
+	overEach(t, 1, func(t *testing.T, l *link) {
 		l.ownerB.takes(func(context.Context, *transport.Push) error {
 			return status.New(status.CacheNotExist, status.StageLookup, "no such cache").Hinting("make one")
 		})
@@ -91,7 +91,7 @@ func TestAnEndThatTakesNoPushesSaysSo(t *testing.T) {
 }
 
 func TestAPushThatFitsNoFrameIsRefused(t *testing.T) {
-	overBoth(t, 1, func(t *testing.T, l *link) {
+	overEach(t, 1, func(t *testing.T, l *link) {
 		what := fullPush()
 		what.Plan.DstBlocks = make([]uint64, maxBody/8)
 		requireStatus(t, l.a.Push(within(t, settleTime), what), status.ParamInvalid, "more than a control frame")
@@ -245,7 +245,7 @@ func TestTheEndOfASessionEndsItsPushes(t *testing.T) {
 		"a connection is lost": func(l *link) { l.a.lanes[0].conn.Shutdown() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			overBoth(t, 2, func(t *testing.T, l *link) {
+			overEach(t, 2, func(t *testing.T, l *link) {
 				begun, received := make(chan struct{}), make(chan error, 1)
 				l.ownerB.takes(func(ctx context.Context, push *transport.Push) error {
 					close(begun)

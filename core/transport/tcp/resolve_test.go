@@ -15,7 +15,7 @@ import (
 )
 
 func TestResolveReturnsTheEntryAndMovesNothing(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src, dst := newCache(t, plan.Contiguous, 3, 2, 1<<20).randomize(1), newCache(t, plan.Contiguous, 3, 2, 1<<20)
 		l.ownerB.offer(1, &offer{cache: src, batch: 1})
 		for range 10 {
@@ -37,7 +37,7 @@ func TestResolveReturnsTheEntryAndMovesNothing(t *testing.T) {
 }
 
 func TestResolveOfAConsumedKeyHoldsALeaseUntilItIsConfirmedOrAbandoned(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src, dst := newCache(t, plan.Contiguous, 3, 1, 1000), newCache(t, plan.Contiguous, 2, 1, 1000)
 		l.ownerB.offer(1, &offer{cache: src, consumes: true})
 		req := rows(1, dst)
@@ -66,7 +66,7 @@ func TestResolveOfAConsumedKeyHoldsALeaseUntilItIsConfirmedOrAbandoned(t *testin
 }
 
 func TestALeaseEndsWithItsLink(t *testing.T) {
-	overBoth(t, 1, func(t *testing.T, l *link) {
+	overEach(t, 1, func(t *testing.T, l *link) {
 		src := newCache(t, plan.Contiguous, 1, 1, 1000)
 		l.ownerB.offer(1, &offer{cache: src, consumes: true})
 		first, err := l.a.Resolve(within(t, settleTime), rows(1, src))
@@ -86,7 +86,7 @@ func TestALeaseEndsWithItsLink(t *testing.T) {
 }
 
 func TestALeaseThatHasExpiredIsNotConfirmed(t *testing.T) {
-	overBoth(t, 1, func(t *testing.T, l *link) {
+	overEach(t, 1, func(t *testing.T, l *link) {
 		src := newCache(t, plan.Contiguous, 1, 1, 1000)
 		l.ownerB.offer(1, &offer{cache: src, consumes: true})
 		ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
@@ -107,7 +107,7 @@ func TestALeaseThatHasExpiredIsNotConfirmed(t *testing.T) {
 }
 
 func TestALeaseThatIsAskedForIsHeldAndJudged(t *testing.T) {
-	overBoth(t, 1, func(t *testing.T, l *link) {
+	overEach(t, 1, func(t *testing.T, l *link) {
 		src := newCache(t, plan.Contiguous, 1, 1, 1000)
 		o := &offer{cache: src, native: 1 << 40}
 		l.ownerB.offer(1, o)
@@ -141,7 +141,7 @@ func TestALeaseThatIsAskedForIsHeldAndJudged(t *testing.T) {
 }
 
 func TestResolveEndsWithItsContext(t *testing.T) {
-	overBoth(t, 1, func(t *testing.T, l *link) {
+	overEach(t, 1, func(t *testing.T, l *link) {
 		src := newCache(t, plan.Contiguous, 1, 1, 1000)
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package tcp moves bytes over a link's data connections: a served transport.
+// Package tcp moves bytes over a link's data connections: a served transport. These are TCP connections; where the package serves
+// another transport within the host they may be Unix sockets.
 //
 // The initiator sends a request; the owner resolves it, builds the plan and sends entry and bytes in frames, striped over the
 // connections where there is enough to move; the initiator builds the same plan and receives into place (rule 2 of docs/design.md).

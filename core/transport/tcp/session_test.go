@@ -28,7 +28,7 @@ func isClosed(ch <-chan struct{}) bool {
 }
 
 func TestCloseEndsEveryOperationOnce(t *testing.T) {
-	overBoth(t, 2, func(t *testing.T, l *link) {
+	overEach(t, 2, func(t *testing.T, l *link) {
 		src, dst := newCache(t, plan.Contiguous, 1, 1, 1<<20), newCache(t, plan.Contiguous, 1, 1, 1<<20)
 		stuck, held := make(chan struct{}, 100), make(chan struct{})
 		letGo := sync.OnceFunc(func() { close(held) })
