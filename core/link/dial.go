@@ -207,6 +207,7 @@ func (a *attempt) prove() (Witness, string) {
 
 // dialData makes the data connections, all at once and all or none. sameHost: that was shown.
 func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
+	var complain sync.Once
 	near := sameHost && len(a.usable) > 0 && a.usable[0] == a.m.cfg.Near && a.m.nearby != nil
 	ctx, cancel := context.WithCancel(a.ctx)
 	defer cancel()
@@ -216,7 +217,7 @@ func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
 	var tasks sync.WaitGroup
 	for i := range conns {
 		tasks.Go(func() {
-			c, err := a.dialDatum(ctx, uint32(i), near)
+			c, err := a.dialDatum(ctx, uint32(i), near, &complain)
 			if err != nil {
 				once.Do(func() { first = err })
 				cancel()
@@ -233,8 +234,8 @@ func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
 	return conns, nil
 }
 
-func (a *attempt) dialDatum(ctx context.Context, index uint32, near bool) (*conn, error) {
-	raw, err := a.openDatum(ctx, near)
+func (a *attempt) dialDatum(ctx context.Context, index uint32, near bool, complain *sync.Once) (*conn, error) {
+	raw, err := a.openDatum(ctx, near, complain)
 	if err != nil {
 		return nil, err
 	}
@@ -255,14 +256,14 @@ func (a *attempt) dialDatum(ctx context.Context, index uint32, near bool) (*conn
 	return c, nil
 }
 
-// openDatum connects for a data connection: within the host where that is wanted and works.
-func (a *attempt) openDatum(ctx context.Context, near bool) (net.Conn, error) {
+// openDatum connects for a data connection: within the host where that is wanted and works. That it does not is said once a link.
+func (a *attempt) openDatum(ctx context.Context, near bool, complain *sync.Once) (net.Conn, error) {
 	if near {
 		c, err := a.m.nearby.DialData(ctx, Token(a.theirs.Token))
 		if err == nil || ctx.Err() != nil {
 			return c, err
 		}
-		a.m.eventOf(Warning, a.theirs.ClusterID, "a data connection leaves the host's own sockets", err)
+		complain.Do(func() { a.m.eventOf(Warning, a.theirs.ClusterID, "data connections leave the host's own sockets", err) })
 	}
 	return a.m.cfg.Network.Dial(ctx, a.source, a.address)
 }

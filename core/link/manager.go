@@ -415,8 +415,8 @@ func (m *Manager) openDoor() {
 	}
 }
 
-// listenNear lets in data connections within the host. Where that can't be they come over the Network. It comes before the door, so
-// that nobody knows the token yet.
+// listenNear lets in data connections within the host. Where that can't be they come over the Network. It comes before the door, whose
+// name gives the token away.
 func (m *Manager) listenNear() {
 	if m.nearby == nil {
 		return

@@ -51,10 +51,10 @@ func TestDataConnectionsStayWithinTheHostWhereTheTransportDoes(t *testing.T) {
 			requireJoined(t, a, b)
 			require.Equal(t, c.ways, waysOf(a, b))
 			if c.ways[0] == "unix" {
-				require.Regexp(t, `data connection 1: @[0-9a-f]{5} -> @llm-datadist-[0-9a-f]{32}-data`, a.Explain(2))
-				require.Regexp(t, `data connection 1: @llm-datadist-[0-9a-f]{32}-data -> @[0-9a-f]{5}`, b.Explain(1))
+				require.Regexp(t, `data connection 1: @[0-9a-f]{5} -> @llm-datadist-data-[0-9a-f]{32}`, a.Explain(2))
+				require.Regexp(t, `data connection 1: @llm-datadist-data-[0-9a-f]{32} -> @[0-9a-f]{5}`, b.Explain(1))
 			}
-			require.False(t, a.saw("a data connection leaves"))
+			require.False(t, a.saw("data connections leave"))
 			require.NoError(t, a.unlink(2, b.address, false))
 			b.mustDial(a)
 			requireJoined(t, a, b)
@@ -76,7 +76,7 @@ func TestDataConnectionsLeaveTheHostsSocketsWhereTheyHaveTo(t *testing.T) {
 			a.mustDial(b)
 			requireJoined(t, a, b)
 			require.Equal(t, []string{"tcp", "tcp", "tcp", "tcp"}, waysOf(a, b))
-			require.Equal(t, name == "nobody listens there", a.saw("a data connection leaves the host's own sockets"))
+			require.Equal(t, name == "nobody listens there", a.saw("data connections leave the host's own sockets"))
 		})
 	}
 }

@@ -4,6 +4,7 @@ package link
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -48,7 +49,11 @@ var (
 
 func doorAddress(token Token) string { return "@llm-datadist-" + hex.EncodeToString(token[:]) }
 
-func dataAddress(token Token) string { return doorAddress(token) + "-data" }
+// dataAddress does not give the token away: any local user can read the names of sockets, and this one is there before the door.
+func dataAddress(token Token) string {
+	hashed := sha256.Sum256(append([]byte("data"), token[:]...))
+	return "@llm-datadist-data-" + hex.EncodeToString(hashed[:16])
+}
 
 // Open listens on the abstract socket of token.
 func (UnixProver) Open(token Token, fds Descriptors, gift func() (Gift, error)) (Door, error) {

@@ -24,6 +24,7 @@ import (
 type Conn struct {
 	fd      int
 	path    string
+	near    bool // a Unix socket
 	local   bool
 	number  int // of both ends, added
 	poller  *poller
@@ -49,7 +50,7 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("take over a data connection: %w", err)
 	}
-	made := &Conn{fd: fd, local: near || isLocalPath(local, remote), number: numberOf(local) + numberOf(remote), batch: 1}
+	made := &Conn{fd: fd, near: near, local: near || isLocalPath(local, remote), number: numberOf(local) + numberOf(remote), batch: 1}
 	if made.poller, err = sharedPoller(); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("start the poller of idle connections: %w", err)
@@ -174,9 +175,10 @@ func (c *Conn) LocalPath() (int, bool) { return c.number, c.local }
 // Bound limits what is sent ahead of the receiver. A system that does not allow it costs only speed.
 func (c *Conn) Bound(bytes int) { _ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bytes) }
 
-// Batch has the kernel wake who waits in Receive when so many bytes have come, instead of at the first. They must be certain to come.
+// Batch has the kernel wake who waits in Receive when so many bytes have come, instead of at the first. They must be certain to come. It
+// does nothing on a Unix socket, for which the kernel would wake the thread for each piece all the same.
 func (c *Conn) Batch(bytes int) {
-	if c.batch != bytes && unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, bytes) == nil {
+	if !c.near && c.batch != bytes && unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT, bytes) == nil {
 		c.batch = bytes
 	}
 }
@@ -205,8 +207,24 @@ func (c *Conn) received(n int, err error) (int, error) {
 
 // Send implements transport.Conn.
 func (c *Conn) Send(spans []mem.Span) (int, error) {
+	if c.near {
+		return c.sendNear(spans)
+	}
 	n, err := mem.SendSpans(c.fd, spans, 0)
 	return n, c.explained(err)
+}
+
+// sendNear is Send on a Unix socket, which has no time-out for a call: it makes pieces of some 32 KiB of what it is given, and would
+// wait anew for each.
+func (c *Conn) sendNear(spans []mem.Span) (int, error) {
+	if n, err := c.TrySend(spans); n > 0 || err != nil {
+		return n, err
+	}
+	room := [1]unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLOUT}}
+	if _, err := unix.Poll(room[:], transport.MaxWaitMillis); err != nil && err != unix.EINTR {
+		return 0, err
+	}
+	return c.TrySend(spans)
 }
 
 // TrySend implements transport.Conn.

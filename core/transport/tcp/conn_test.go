@@ -86,6 +86,41 @@ func TestConnSendWaitsNoLongerThanItSays(t *testing.T) {
 	})
 }
 
+func TestConnSendWaitsNoLongerForAPeerThatReadsLittle(t *testing.T) {
+	eachSocket(t, func(t *testing.T, a, b transport.Conn, _ []mem.Span) {
+		const bytes, sip = 4 << 20, 40 << 10
+		m, err := mem.NewBuffer(bytes + sip)
+		require.NoError(t, err)
+		keep(m)
+		all := []mem.Span{{Addr: m.Addr(), Bytes: bytes}}
+		for n := 1; n > 0; {
+			n, err = a.TrySend(all)
+			require.NoError(t, err)
+		}
+		sips := time.NewTicker(60 * time.Millisecond)
+		defer sips.Stop()
+		sent, drunk := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(drunk)
+			for {
+				select {
+				case <-sips.C:
+					_, _ = b.TryReceive([]mem.Span{{Addr: m.Addr() + bytes, Bytes: sip}})
+				case <-sent:
+					return
+				}
+			}
+		}()
+		began := time.Now()
+		_, err = a.Send(all)
+		took := time.Since(began)
+		close(sent)
+		<-drunk
+		require.NoError(t, err)
+		require.Less(t, took, 10*transport.MaxWaitMillis*time.Millisecond)
+	})
+}
+
 func TestParkEndsByDataByThePeersEndAndByShutdown(t *testing.T) {
 	for name, end := range map[string]func(a, b transport.Conn, spans []mem.Span){
 		"data":     func(_, b transport.Conn, spans []mem.Span) { _, _ = b.Send(spans) },
