@@ -66,8 +66,8 @@ def _rounds(
 ) -> tuple[Samples, list[Round], dict[str, Samples], dict[str, list[Beside]]]:
     """Let the candidates take turns until each has its rounds.
 
-    All have new processes for each round: how the pages of a process lie in the machine's memory is worth a tenth, and is drawn
-    anew with them.
+    All have new processes for each round: how the pages of a process lie in the machine's memory is worth up to a fifth, and is
+    drawn anew with them.
     """
     ours, own_rounds = Samples(), []
     theirs = {candidate: Samples() for candidate in case.candidates if references.has(candidate)}

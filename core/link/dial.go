@@ -207,8 +207,7 @@ func (a *attempt) prove() (Witness, string) {
 
 // dialData makes the data connections, all at once and all or none. sameHost: that was shown.
 func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
-	var complain sync.Once
-	near := sameHost && len(a.usable) > 0 && a.usable[0] == a.m.cfg.Near && a.m.nearby != nil
+	dial := a.dataDialer(sameHost)
 	ctx, cancel := context.WithCancel(a.ctx)
 	defer cancel()
 	conns := make([]*conn, a.m.cfg.DataConnections)
@@ -217,7 +216,7 @@ func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
 	var tasks sync.WaitGroup
 	for i := range conns {
 		tasks.Go(func() {
-			c, err := a.dialDatum(ctx, uint32(i), near, &complain)
+			c, err := a.dialDatum(ctx, uint32(i), dial)
 			if err != nil {
 				once.Do(func() { first = err })
 				cancel()
@@ -234,8 +233,8 @@ func (a *attempt) dialData(sameHost bool) ([]*conn, error) {
 	return conns, nil
 }
 
-func (a *attempt) dialDatum(ctx context.Context, index uint32, near bool, complain *sync.Once) (*conn, error) {
-	raw, err := a.openDatum(ctx, near, complain)
+func (a *attempt) dialDatum(ctx context.Context, index uint32, dial func(context.Context) (net.Conn, error)) (*conn, error) {
+	raw, err := dial(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -256,16 +255,21 @@ func (a *attempt) dialDatum(ctx context.Context, index uint32, near bool, compla
 	return c, nil
 }
 
-// openDatum connects for a data connection: within the host where that is wanted and works. That it does not is said once a link.
-func (a *attempt) openDatum(ctx context.Context, near bool, complain *sync.Once) (net.Conn, error) {
-	if near {
+// dataDialer returns what connects for a data connection: within the host where that is wanted and works. That it does not is said once.
+func (a *attempt) dataDialer(sameHost bool) func(context.Context) (net.Conn, error) {
+	far := func(ctx context.Context) (net.Conn, error) { return a.m.cfg.Network.Dial(ctx, a.source, a.address) }
+	if !sameHost || a.m.nearby == nil || len(a.usable) == 0 || a.usable[0] != a.m.cfg.Near {
+		return far
+	}
+	var complain sync.Once
+	return func(ctx context.Context) (net.Conn, error) {
 		c, err := a.m.nearby.DialData(ctx, Token(a.theirs.Token))
 		if err == nil || ctx.Err() != nil {
 			return c, err
 		}
 		complain.Do(func() { a.m.eventOf(Warning, a.theirs.ClusterID, "data connections leave the host's own sockets", err) })
+		return far(ctx)
 	}
-	return a.m.cfg.Network.Dial(ctx, a.source, a.address)
 }
 
 func closeAll(conns []*conn) {

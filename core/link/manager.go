@@ -174,8 +174,6 @@ func (m *Manager) ListenBeside(address string) (bound string, stop func(), err e
 		return "", nil, err
 	}
 	if !m.acceptBeside(l) {
-		m.fds.untrack(l.Listener)
-		_ = l.Close()
 		return "", nil, status.Newf(status.EngineFinalized, status.StageCheck, "%w", errFinalized)
 	}
 	return l.Addr().String(), func() { m.stopBeside(l) }, nil
@@ -188,8 +186,12 @@ func (m *Manager) open(address string) (*listening, error) {
 	if err != nil {
 		return nil, status.Newf(status.Failed, status.StageCheck, "listen at %s: %w", address, err)
 	}
+	return m.own(listener), nil
+}
+
+func (m *Manager) own(listener net.Listener) *listening {
 	m.fds.track(listener)
-	return &listening{Listener: listener, stopped: make(chan struct{}), done: make(chan struct{})}, nil
+	return &listening{Listener: listener, stopped: make(chan struct{}), done: make(chan struct{})}
 }
 
 // StopListening closes the listener; links that it accepted live on. Without a listener it does nothing.
@@ -426,23 +428,25 @@ func (m *Manager) listenNear() {
 		m.event(Warning, "data connections within the host can not come in", err)
 		return
 	}
-	m.fds.track(listener)
-	l := &listening{Listener: listener, near: true, stopped: make(chan struct{}), done: make(chan struct{})}
-	if !m.acceptBeside(l) {
-		m.fds.untrack(listener)
-		_ = listener.Close()
-	}
+	l := m.own(listener)
+	l.near = true
+	m.acceptBeside(l)
 }
 
-// acceptBeside accepts from l until stopBeside or Close; false: the manager is closed.
+// acceptBeside accepts from l until stopBeside or Close; false: the manager is closed, and so is l.
 func (m *Manager) acceptBeside(l *listening) bool {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
+	open := !m.closed
+	if open {
+		m.beside[l] = struct{}{}
+		m.tasks.Add(1)
+	}
+	m.mu.Unlock()
+	if !open {
+		m.fds.untrack(l.Listener)
+		_ = l.Close()
 		return false
 	}
-	m.beside[l] = struct{}{}
-	m.tasks.Add(1)
 	go m.accept(l)
 	return true
 }

@@ -95,7 +95,7 @@ func (UnixProver) Reach(ctx context.Context, token Token, nonce Nonce, fds Descr
 // visitDoor exchanges nonce and gift for the gift of the door. withheld says why ours was not given.
 func visitDoor(c *conn, nonce Nonce, gift func() (Gift, error)) (theirs *parcel, withheld, err error) {
 	// The credentials come first: nobody else learns the nonce.
-	if err := trustedPeer(c); err != nil {
+	if err := trustedPeer(c.Conn); err != nil {
 		return nil, nil, err
 	}
 	ours, withheld := pack(c.fds, gift)
@@ -135,7 +135,7 @@ func (UnixProver) DialData(ctx context.Context, token Token) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := trustedPeer(&conn{Conn: c}); err != nil {
+	if err := trustedPeer(c); err != nil {
 		_ = c.Close()
 		return nil, err
 	}
@@ -151,7 +151,7 @@ func (l trustingListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if trustedPeer(&conn{Conn: c}) == nil {
+		if trustedPeer(c) == nil {
 			return c, nil
 		}
 		_ = c.Close()
@@ -261,7 +261,7 @@ func (d *unixDoor) hear(c *conn) (nonce Nonce, theirs *parcel, err error) {
 	ctx, cancel := context.WithTimeout(d.ctx, doorTimeout)
 	defer cancel()
 	unbind := c.bind(ctx)
-	if trust := trustedPeer(c); trust == nil {
+	if trust := trustedPeer(c.Conn); trust == nil {
 		theirs, err = receive(c, nonce[:])
 	} else {
 		nonce, err = hearStranger(c, trust)
@@ -302,7 +302,7 @@ func (d *unixDoor) settle(nonce Nonce, w Witness, err error) bool {
 }
 
 // credentials returns who the process at the other end of a Unix socket is, as seen from our namespaces.
-func credentials(c *conn) (*unix.Ucred, error) {
+func credentials(c net.Conn) (*unix.Ucred, error) {
 	var cred *unix.Ucred
 	err := onDescriptor(c, func(fd int) (err error) {
 		cred, err = unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
@@ -315,7 +315,7 @@ func credentials(c *conn) (*unix.Ucred, error) {
 }
 
 // trustedPeer returns nil if the process at the other end of a Unix socket runs under our uid.
-func trustedPeer(c *conn) error {
+func trustedPeer(c net.Conn) error {
 	cred, err := credentials(c)
 	if err != nil {
 		return err
@@ -345,7 +345,7 @@ func overflowUID() uint32 {
 }
 
 // peerPidfd returns a non-blocking pidfd of the process at the other end of a Unix socket.
-func peerPidfd(c *conn) (int, error) {
+func peerPidfd(c net.Conn) (int, error) {
 	pidfd := -1
 	err := onDescriptor(c, func(fd int) (err error) {
 		if pidfd, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, soPeerPidfd); err == nil {
@@ -370,8 +370,8 @@ func peerPidfd(c *conn) (int, error) {
 }
 
 // onDescriptor runs f on the descriptor of c.
-func onDescriptor(c *conn, f func(fd int) error) error {
-	unixConn, ok := c.Conn.(*net.UnixConn)
+func onDescriptor(c net.Conn, f func(fd int) error) error {
+	unixConn, ok := c.(*net.UnixConn)
 	if !ok {
 		return errNotUnixSocket
 	}
@@ -402,10 +402,10 @@ type unixWitness struct {
 
 // newUnixWitness takes c and theirs over, also where it returns an error.
 func newUnixWitness(c *conn, theirs *parcel, withheld error) (Witness, error) {
-	cred, err := credentials(c)
+	cred, err := credentials(c.Conn)
 	pidfd := -1
 	if err == nil {
-		pidfd, err = peerPidfd(c)
+		pidfd, err = peerPidfd(c.Conn)
 	}
 	if err != nil {
 		theirs.close()

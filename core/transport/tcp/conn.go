@@ -60,18 +60,12 @@ func NewConn(c net.Conn) (transport.Conn, error) {
 		_ = unix.Close(fd)
 		return nil, err
 	}
-	if made.path = fmt.Sprintf("%s -> %s", local, remote); near {
-		made.path += ", Unix sockets"
-	}
-	if err = tune(fd); err == nil && !near {
-		var algorithm string
-		algorithm, err = tuneTCP(fd, made.local)
-		made.path += ", congestion control " + algorithm
-	}
+	kind, err := made.tune()
 	if err != nil {
 		_ = made.Close()
 		return nil, fmt.Errorf("tune a data connection: %w", err)
 	}
+	made.path = fmt.Sprintf("%s -> %s, %s", local, remote, kind)
 	return made, nil
 }
 
@@ -90,24 +84,26 @@ func duplicate(raw syscall.Conn) (int, error) {
 	return fd, failed
 }
 
-// tune sets what every data connection needs.
-func tune(fd int) error {
-	if err := unix.SetNonblock(fd, false); err != nil {
-		return err
-	}
-	wait := unix.NsecToTimeval(int64(transport.MaxWaitMillis * time.Millisecond))
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
-		return err
-	}
-	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait)
-}
-
-// tuneTCP sets what a TCP connection needs besides, and returns the name of its congestion control.
-func tuneTCP(fd int, local bool) (string, error) {
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+// tune sets what a data connection needs and returns what is to be said of it beside its ends.
+func (c *Conn) tune() (kind string, err error) {
+	if err := unix.SetNonblock(c.fd, false); err != nil {
 		return "", err
 	}
-	return chooseCongestion(fd, local)
+	wait := unix.NsecToTimeval(int64(transport.MaxWaitMillis * time.Millisecond))
+	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
+		return "", err
+	}
+	if c.near {
+		return "Unix sockets", nil
+	}
+	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait); err != nil {
+		return "", err
+	}
+	if err := unix.SetsockoptInt(c.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		return "", err
+	}
+	algorithm, err := chooseCongestion(c.fd, c.local)
+	return "congestion control " + algorithm, err
 }
 
 // loopbackCongestion replaces pacing algorithms on a path that never leaves the host: where bbr is the system's default, its pacing
